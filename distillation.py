@@ -1,0 +1,418 @@
+"""Distil a teacher language model into a ternary (1.58-bit) or 1-bit student.
+
+    python distillation.py --hybrid --ternary --qat --epochs 20 --save_metrics
+
+The file reads like the run: options, text, models, clusters, the training step, validation,
+files, summary. What the run is made of is in ``lowbit/``; the optimiser in
+``hybrid_optimization.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hybrid_optimization import (
+    HybridOptimizationManager,
+    HybridTrainingConfig,
+    named_kinds,
+    schedule_factor,
+)
+from lowbit import UserError
+from lowbit.checkpoint import prepare_folder, save_float32
+from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
+from lowbit.generate import generate
+from lowbit.losses import distillation_terms, hidden_state_loss
+from lowbit.options import DEFAULT_LR, parse_options
+from lowbit.packing import load_packed, save_packed
+from lowbit.quantization import count_flips, latent, quantize_model, snapshot_codes
+from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
+from lowbit.student import STUDENT_SIZES, CausalLM, ModelConfig
+from lowbit.teacher import load_teacher
+from lowbit.tokenizer import ByteTokenizer
+
+WARMUP_FRACTION = 0.05  # of all steps
+QUICK_WINDOWS = 64  # validation windows after an epoch
+FINAL_WINDOWS = 512  # validation windows at the end
+MAX_CONSECUTIVE_SKIPS = 20
+SAMPLE_PROMPT = "Return the "
+SAMPLE_TOKENS = 200
+
+# ------------------------------------------------------------------------------ text and models
+
+
+@dataclass
+class Setup:
+    """Everything that is fixed before the first step."""
+
+    options: argparse.Namespace
+    device: torch.device
+    tokenizer: ByteTokenizer
+    corpus: Corpus
+    teacher: CausalLM
+    student: CausalLM
+    steps_per_epoch: int
+    lr: float
+
+    @property
+    def max_steps(self) -> int:
+        return self.steps_per_epoch * self.options.epochs
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine or this build of torch has no CUDA; use cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def make_student(o: argparse.Namespace, teacher: CausalLM) -> CausalLM:
+    """The student in float, started as asked; quantisers are added by `set_up`."""
+    shape = teacher.config.to_dict()
+    if o.student_size != "same":
+        shape.update(STUDENT_SIZES[o.student_size])
+    config = ModelConfig(**shape)
+    same = config == teacher.config
+    if o.student_init is None:
+        o.student_init = "teacher" if same else "random"
+    if o.student_init == "teacher" and not same:
+        raise UserError(
+            f"--student_init teacher needs the teacher's shape; --student_size {o.student_size} "
+            "differs (use --student_init random)"
+        )
+    student = CausalLM(config).initialise(o.seed)
+    if o.student_init == "teacher":
+        student.load_state_dict(teacher.state_dict())
+    return student
+
+
+def set_up(o: argparse.Namespace) -> Setup:
+    device = choose_device(o.device)
+    torch.manual_seed(o.seed)
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    tokenizer = ByteTokenizer()
+    teacher = load_teacher(o.teacher, tokenizer)
+    limit = teacher.config.max_position_embeddings
+    if o.seq_len > limit:
+        raise UserError(f"--seq_len {o.seq_len}: the teacher reads at most {limit} tokens")
+    prepare_folder(o.output_dir)
+    if o.metrics_out:
+        prepare_folder(Path(o.metrics_out).parent)
+        if Path(o.metrics_out).is_dir():
+            raise UserError(f"--metrics_out: {o.metrics_out} is a folder")
+    corpus = load_corpus(o.data, o.seq_len, tokenizer)
+    n = len(corpus.train)
+    if o.batch_size > n:
+        raise UserError(f"--batch_size {o.batch_size}: the text has only {n} training windows")
+    if o.hybrid and o.use_clustering and o.data_clusters > n:
+        raise UserError(f"--data_clusters {o.data_clusters}: the text has only {n} windows")
+    if o.samples_per_epoch > n:
+        raise UserError(f"--samples_per_epoch {o.samples_per_epoch}: the text has {n} windows")
+    student = make_student(o, teacher).to(device)
+    if o.qat:
+        quantize_model(student, o.mode, learnable_scale=o.learnable_scale)
+    lr = o.lr if o.lr is not None else DEFAULT_LR[o.method][o.student_init]
+    per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
+    return Setup(o, device, tokenizer, corpus, teacher.to(device), student, per_epoch, lr)
+
+
+# ---------------------------------------------------------------------------------- optimisers
+
+
+def make_manager(s: Setup) -> HybridOptimizationManager:
+    o = s.options
+    return HybridOptimizationManager(
+        HybridTrainingConfig(
+            use_quantization=o.qat,
+            target_bits=1.58 if o.ternary else 1,
+            use_clustering=o.use_clustering,
+            data_clusters=o.data_clusters,
+            parameter_clusters=o.param_clusters,
+            use_auxiliary_nn=o.use_auxiliary_nn,
+            use_trust_region=o.use_trust_region,
+            initial_trust_radius=o.initial_trust_radius,
+            trust_radius_adaptation=o.trust_radius_adaptation,
+            base_learning_rate=s.lr,
+            max_steps=s.max_steps,
+            batch_size=o.batch_size,
+            weight_decay=o.weight_decay,
+            warmup_fraction=WARMUP_FRACTION,
+            lr_schedule=o.lr_schedule,
+            clustering_warmup_steps=o.clustering_warmup_epochs * s.steps_per_epoch,
+            seed=o.seed,
+        )
+    )
+
+
+def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
+    """torch's own optimisers. Muon takes the blocks' matrices, AdamW the rest at a fifth of lr."""
+    o = s.options
+    named = named_kinds(s.student)
+    matrices = [p for _, p, kind in named if kind == "matrix"]
+    rest = [p for _, p, kind in named if kind != "matrix"]
+    everything = [p for _, p, _ in named]
+    if o.method == "sgd":
+        return [torch.optim.SGD(everything, s.lr, momentum=0.9, weight_decay=o.weight_decay)]
+    if o.method == "muon":
+        return [
+            torch.optim.Muon(matrices, s.lr, weight_decay=o.weight_decay,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, s.lr / 5, betas=(0.9, 0.95), weight_decay=o.weight_decay),
+        ]  # fmt: skip
+    return [torch.optim.AdamW(everything, s.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)]
+
+
+# ------------------------------------------------------------------------------- training step
+
+
+@dataclass
+class StepResult:
+    loss: float
+    ce: float
+    kl: np.ndarray  # (B,), nats a token
+    lr: float
+    control: dict[str, Any] = field(default_factory=dict)  # the manager's answer, hybrid only
+
+
+def batch_of(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 windows (B, T + 1) -> inputs (B, T) and next-token labels (B, T)."""
+    ids = torch.from_numpy(windows.astype(np.int64)).to(device)
+    return ids[:, :-1], ids[:, 1:]
+
+
+def make_step(
+    s: Setup, manager: HybridOptimizationManager | None, clusters: np.ndarray
+) -> Callable[[int, np.ndarray], StepResult]:
+    """The function that does one training step on the windows of the given indices."""
+    o = s.options
+    baseline = [] if manager else make_baseline(s)
+    peaks = [[g["lr"] for g in opt.param_groups] for opt in baseline]
+    bf16 = s.device.type == "cuda"
+    same_blocks = (
+        s.student.config.num_hidden_layers == s.teacher.config.num_hidden_layers
+        and s.student.config.hidden_size == s.teacher.config.hidden_size
+    )
+    hidden_weight = o.hidden_weight if same_blocks else 0.0
+
+    def step(t: int, indices: np.ndarray) -> StepResult:
+        inputs, labels = batch_of(s.corpus.train[indices], s.device)
+        weights = None
+        if manager and manager.config.use_clustering:
+            weights = torch.from_numpy(manager.cluster_rates(t)[clusters[indices]]).float()
+
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                target = s.teacher(inputs)
+            out = s.student(inputs)
+        ce, kl = distillation_terms(out.logits, target.logits, labels, o.temperature)
+        each = o.alpha * ce + (1 - o.alpha) * kl
+        if hidden_weight:
+            each = each + hidden_weight * hidden_state_loss(out.hidden_states, target.hidden_states)
+        objective = each if weights is None else each * weights.to(s.device)
+        s.student.zero_grad(set_to_none=True)
+        objective.mean().backward()
+
+        loss, kls = float(each.mean().detach()), kl.detach().float().cpu().numpy()
+        control: dict[str, Any] = {}
+        if manager:
+            control = manager.optimization_step(s.student, loss, None, cluster_id=-1, step=t)
+            manager.observe_clusters(clusters[indices], kls)
+            lr = control["learning_rate"]
+        else:
+            factor = schedule_factor(t, s.max_steps, WARMUP_FRACTION, o.lr_schedule)
+            for opt, peak in zip(baseline, peaks, strict=True):
+                for group, value in zip(opt.param_groups, peak, strict=True):
+                    group["lr"] = value * factor
+                opt.step()
+            lr = s.lr * factor
+            if not math.isfinite(loss):
+                raise UserError("the loss is not finite; use a smaller --lr, or --hybrid")
+        return StepResult(loss, float(ce.mean().detach()), kls, lr, control)
+
+    return step
+
+
+# ---------------------------------------------------------------------------------- validation
+
+
+def pick_windows(windows: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` windows, spread evenly."""
+    if len(windows) <= count:
+        return windows
+    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+
+
+@torch.no_grad()
+def validate(
+    model: CausalLM, teacher: CausalLM | None, windows: np.ndarray, device: torch.device
+) -> tuple[float, float, float]:
+    """(cross-entropy, its standard error over windows, KL to the teacher), nats a token."""
+    ces, kls = [], []
+    for start in range(0, len(windows), 16):
+        inputs, labels = batch_of(windows[start : start + 16], device)
+        logits = model(inputs).logits
+        reference = logits if teacher is None else teacher(inputs).logits
+        ce, kl = distillation_terms(logits, reference, labels, 1.0)
+        ces.append(ce)
+        kls.append(kl)
+    ce = torch.cat(ces).double()
+    error = float(ce.std(unbiased=False)) / math.sqrt(len(ce))
+    return float(ce.mean()), error, float(torch.cat(kls).double().mean())
+
+
+# ------------------------------------------------------------------------------------- the run
+
+
+def train(s: Setup, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All epochs. Returns the metric rows (one an epoch) and the summary."""
+    o = s.options
+    everything = np.zeros(len(s.corpus.train), dtype=int)
+    clusters = everything
+    manager = make_manager(s) if o.hybrid else None
+    if manager and o.use_clustering:
+        clusters = manager.setup_data_clustering(s.corpus.train.astype(np.int64))
+    if manager:
+        parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
+        if o.use_auxiliary_nn:
+            parts += " and auxiliary NN guidance" if parts else " with auxiliary NN guidance"
+        say(f"Initialized hybrid optimization{parts}")
+
+    quick = pick_windows(s.corpus.validation, QUICK_WINDOWS)
+    step = make_step(s, manager, clusters)
+    sampler = StratifiedSampler(everything, o.batch_size, o.seed)
+    codes = snapshot_codes(s.student)
+    rows: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    t = skipped = 0
+    with tqdm(total=s.max_steps, unit="step", file=sys.stderr, leave=False) as bar:
+        for epoch in range(o.epochs):
+            if epoch == (o.clustering_warmup_epochs if manager else 0) and clusters.any():
+                sampler = StratifiedSampler(clusters, o.batch_size, o.seed)
+            results, picked = [], []
+            left = o.samples_per_epoch or len(s.corpus.train)
+            for _ in range(s.steps_per_epoch):
+                indices = sampler.next_batch(min(o.batch_size, left))
+                left -= len(indices)
+                results.append(step(t, indices))
+                picked.append(indices)
+                t += 1
+                bar.update()
+                if manager and manager.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
+                    raise UserError(f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or "
+                                    "gradient that is not finite; check the teacher and --data")  # fmt: skip
+
+            finite = [r for r in results if math.isfinite(r.loss)]
+            row: dict[str, Any] = {"epoch": epoch, "step": t}
+            row["train_loss"] = float(np.mean([r.loss for r in finite]))
+            row["train_ce"] = float(np.mean([r.ce for r in finite]))
+            kl = np.concatenate([r.kl for r in results])
+            row["train_kl"] = float(np.nanmean(kl))
+            if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
+                value, _, divergence = validate(s.student, s.teacher, quick, s.device)
+                row["val_loss_quantized" if o.qat else "val_loss"] = value
+                row["val_kl"] = divergence
+            row["lr"] = float(np.mean([r.lr for r in results]))
+            if manager:
+                row["lr_multiplier"] = float(np.mean([r.control["lr_multiplier"] for r in results]))
+                row["trust_radius"] = manager.trust_radius
+                row["activation_rate"] = float(
+                    np.mean([r.control["active_share"] for r in results])
+                )
+            if o.qat:
+                now = snapshot_codes(s.student)
+                row["code_flips"], codes = count_flips(codes, now), now
+            if manager and o.use_clustering:
+                where = clusters[np.concatenate(picked)]
+                for k in range(o.data_clusters):
+                    mine = kl[where == k]
+                    row[f"kl_cluster_{k}"] = float(np.nanmean(mine)) if len(mine) else ""
+            row["seconds"] = time.perf_counter() - started
+            rows.append(row)
+            say(epoch_line(epoch, row))
+    summary = manager.get_summary() if manager else {"total_steps": t, "skipped_steps": skipped}
+    summary["final_loss"] = rows[-1]["train_loss"]
+    return rows, summary
+
+
+def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
+    """Write the student's files, then measure the quantised student as read back from its file."""
+    o = s.options
+    folder = Path(o.output_dir)
+    windows = pick_windows(s.corpus.validation, FINAL_WINDOWS)
+    with latent(s.student):
+        full, _, _ = validate(s.student, None, windows, s.device)
+    state = {k: v for k, v in s.student.state_dict().items()
+             if not k.endswith(("weight_scale", "base_scale"))}  # fmt: skip
+    vocabulary = s.tokenizer.describe()
+    float32 = save_float32(folder / "student_fp32.pth", s.student.config, state, vocabulary)
+    if not o.qat:
+        quantize_model(s.student, o.mode)
+    kind = ("ternary_1.58bit" if o.ternary else "1bit") + ("_qat" if o.qat else "")
+    packed = folder / f"student_quantized_{kind}.npz"
+    notes = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
+    size = save_packed(packed, s.student, vocabulary, notes=notes)
+    student = load_packed(packed)[0].to(s.device).eval()
+    quantized, error, divergence = validate(student, s.teacher, windows, s.device)
+    reference, _, _ = validate(s.teacher, None, windows, s.device)
+
+    def share(x: float) -> str:
+        return f"{100 * (x / reference - 1):+.1f}% against the teacher"
+
+    say(f"Validation loss, nats a byte ({len(windows)} windows of {o.seq_len} held-out bytes):")
+    say(f"  teacher              {reference:.4f}")
+    say(f"  student, quantized   {quantized:.4f} +- {error:.4f} ({share(quantized)}; "
+        f"KL to the teacher {divergence:.4f})")  # fmt: skip
+    say(f"  student, latent fp32 {full:.4f} ({share(full)})")
+    say(f"Size: {size.file_bytes:,} bytes packed, {size.float32_bytes:,} in float32: "
+        f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a linear weight, scales "
+        "included; the embedding is held in 8 bits")  # fmt: skip
+    ids = generate(student, s.tokenizer.encode(SAMPLE_PROMPT), SAMPLE_TOKENS, seed=o.seed)
+    say(f"Sample: {SAMPLE_PROMPT}{s.tokenizer.decode(ids)}")
+    say(f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} bytes, "
+        f"fingerprint {s.corpus.fingerprint}")  # fmt: skip
+    paths = [float32, packed]
+    if o.save_metrics:
+        table = Path(o.metrics_out) if o.metrics_out else folder / "student_metrics.csv"
+        paths.append(write_csv(table, rows))
+        try:
+            paths.append(plot_metrics(table.with_suffix(".png"), rows, reference))
+        except ImportError:
+            say("No picture of the metrics: pip install matplotlib")
+    for path in paths:
+        say(f"Wrote {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    def say(line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    try:
+        setup = set_up(parse_options(sys.argv[1:] if argv is None else argv))
+        rows, summary = train(setup, say)
+        for line in summary_lines(summary, hybrid=setup.options.hybrid):
+            say(line)
+        save(setup, rows, say)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; no file was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1178 @@
+"""Hybrid optimisation: a guided trust-region step for any PyTorch model. One file, drop it in.
+
+One idea runs through the file. A step of length zero is always safe and a long one is only worth
+its risk while the local model of the loss can be trusted; so every step solves
+
+    min_d  L(Theta + d)   subject to   ||d_c||_2 <= mu_c ||Theta_c||_2   for each cluster c
+
+of parameters, where the shape of d is the minimiser of the linear model in a norm learned from
+gradients (a matrix for weight matrices, a diagonal for the rest), its length is set by a learning
+rate, and a small auxiliary network, trained while the run goes on, predicts how much longer or
+shorter than planned the step should be and how wide the region is.
+
+    from hybrid_optimization import HybridOptimizationManager, HybridTrainingConfig
+
+    manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=400))
+    loss.backward()
+    info = manager.optimization_step(model=model, loss=loss, gradients=None, cluster_id=0, step=t)
+
+Needs torch, numpy and scikit-learn only. ``HYBRID_OPTIMIZATION_GUIDE.md`` is the manual.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "AuxiliaryNeuralNetwork",
+    "ConstrainedOptimizer",
+    "ConstrainedUpdateInfo",
+    "HybridOptimizationManager",
+    "HybridTrainingConfig",
+    "KMeansClustering",
+    "TrainingState",
+    "create_hybrid_optimizer",
+    "get_default_config",
+]
+
+MULTIPLIER_RANGE = (0.1, 10.0)
+RADIUS_RANGE = (1e-3, 1.0)
+
+# ------------------------------------------------------------------------------ configuration
+
+
+@dataclass
+class TrainingState:
+    """What the auxiliary network sees of a step. All fields are plain floats or ints.
+
+    loss_trend: fast minus slow running mean of the loss (negative: the loss is falling).
+    gradient_variance: running variance of the gradient's norm.
+    """
+
+    current_loss: float
+    gradient_magnitude: float
+    cluster_id: int
+    loss_trend: float
+    gradient_variance: float
+    step_number: int
+
+    def to_features(self) -> np.ndarray:
+        """The six fields, in order of declaration, as float32 of shape (1, 6)."""
+        return np.array([[float(getattr(self, f.name)) for f in fields(self)]], dtype=np.float32)
+
+
+def _number(low: float, high: float, *, open_low: bool = False) -> Callable[[Any], bool]:
+    def check(x: Any) -> bool:
+        if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
+            return False
+        return (low < x if open_low else low <= x) and x <= high and math.isfinite(x)
+
+    return check
+
+
+def _integer(low: int) -> Callable[[Any], bool]:
+    return lambda x: isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= low
+
+
+def _flag(x: Any) -> bool:
+    return isinstance(x, (bool, np.bool_))
+
+
+_POSITIVE = (_number(0, math.inf, open_low=True), "a finite number above 0")
+_COUNT = (_integer(1), "an integer of at least 1")
+_BOOLEAN = (_flag, "True or False")
+
+#: For each field of the configuration: a test and what it expects, in words.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "use_quantization": _BOOLEAN,
+    "quantizer_scale": _POSITIVE,
+    "target_bits": (lambda x: x in (1, 1.58), "1 or 1.58 bits a weight"),
+    "use_clustering": _BOOLEAN,
+    "data_clusters": _COUNT,
+    "parameter_clusters": _COUNT,
+    "use_auxiliary_nn": _BOOLEAN,
+    "auxiliary_nn_hidden_size": _COUNT,
+    "auxiliary_nn_learning_rate": _POSITIVE,
+    "use_trust_region": _BOOLEAN,
+    "initial_trust_radius": (
+        _number(0, 1, open_low=True),
+        "a fraction of the weights' norm in (0, 1]",
+    ),
+    "trust_radius_adaptation": _BOOLEAN,
+    "base_learning_rate": _POSITIVE,
+    "max_steps": _COUNT,
+    "batch_size": _COUNT,
+    "momentum": (_number(0, 0.9999), "a number in [0, 1)"),
+    "weight_decay": (_number(0, math.inf), "a finite number of at least 0"),
+    "log_interval": _COUNT,
+    "eval_interval": _COUNT,
+    "warmup_fraction": (_number(0, 0.5), "a fraction of max_steps in [0, 0.5]"),
+    "lr_schedule": (
+        lambda x: x in ("linear", "cosine", "constant"),
+        "'linear', 'cosine' or 'constant'",
+    ),
+    "use_matrix_geometry": _BOOLEAN,
+    "clustering_warmup_steps": (_integer(0), "an integer of at least 0"),
+    "seed": (_integer(0), "an integer of at least 0"),
+}
+
+
+@dataclass
+class HybridTrainingConfig:
+    """Settings of `HybridOptimizationManager`. A nonsensical value raises ValueError, at
+    construction and when a field is set later.
+
+    Units: max_steps, log_interval, eval_interval and clustering_warmup_steps in steps;
+    initial_trust_radius in fractions of ||Theta_c||_2 a step; target_bits in bits a weight.
+    The fields about quantisation, batches and intervals are read by the caller's loop
+    (``distillation.py``); the manager itself does not quantise.
+    """
+
+    use_quantization: bool = True
+    quantizer_scale: float = 1.0
+    target_bits: float = 1.58
+    use_clustering: bool = True
+    data_clusters: int = 8
+    parameter_clusters: int = 4
+    use_auxiliary_nn: bool = True
+    auxiliary_nn_hidden_size: int = 16
+    auxiliary_nn_learning_rate: float = 1e-3
+    use_trust_region: bool = True
+    initial_trust_radius: float = 0.01
+    trust_radius_adaptation: bool = True
+    base_learning_rate: float = 1e-3
+    max_steps: int = 1000
+    batch_size: int = 32
+    momentum: float = 0.9
+    weight_decay: float = 1e-5
+    log_interval: int = 10
+    eval_interval: int = 50
+    warmup_fraction: float = 0.05
+    lr_schedule: str = "linear"
+    use_matrix_geometry: bool = True
+    clustering_warmup_steps: int = 0
+    seed: int = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        rule = _RULES.get(name)
+        if rule is not None and not rule[0](value):
+            raise ValueError(f"{name} must be {rule[1]}, not {value!r}")
+        object.__setattr__(self, name, value)
+
+
+def schedule_factor(step: int, max_steps: int, warmup_fraction: float, kind: str) -> float:
+    """Share of the peak learning rate at a step (from 0): linear warm-up, then ``kind``.
+
+    'linear' and 'cosine' fall to 0 at max_steps; beyond, they stay at the last step's value.
+    """
+    warmup = max(1, round(warmup_fraction * max_steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    if kind == "constant":
+        return 1.0
+    left = min(max(max_steps - step, 1) / max(1, max_steps - warmup), 1.0)
+    return left if kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+
+
+# -------------------------------------------------------------------------- auxiliary network
+
+
+class AuxiliaryNeuralNetwork(nn.Module):
+    """Predicts a learning-rate multiplier and a trust radius, and learns from what follows.
+
+    Raw features go through sign(x) log(1 + |x|) and running z-scores clipped to +-3, so nothing
+    saturates. The output layer starts at zero: the multiplier starts at exactly 1, the radius at
+    ``radius_center``. Two ways of teaching it, both online with Adam and a Huber loss:
+
+    `learn`                 targets are known (the manager derives them from gradients);
+    `update_with_feedback`  only the improvement of the loss is known; a recursive quadratic fit
+                            of relative improvement against the multiplier gives the target.
+    """
+
+    feature_mean: Tensor
+    feature_square: Tensor
+    feature_count: Tensor
+    fit_a: Tensor
+    fit_b: Tensor
+
+    def __init__(
+        self,
+        input_size: int = 6,
+        hidden_size: int = 16,
+        output_size: int = 2,
+        *,
+        learning_rate: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if output_size != 2:
+            raise ValueError(f"output_size must be 2 (multiplier, radius), not {output_size}")
+        self.hidden = nn.Linear(input_size, hidden_size)
+        self.output = nn.Linear(hidden_size, output_size)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.hidden.weight.copy_(
+                torch.randn(hidden_size, input_size, generator=generator) * input_size**-0.5
+            )
+            self.hidden.bias.zero_()
+            self.output.weight.zero_()
+            self.output.bias.zero_()
+        self.register_buffer("feature_mean", torch.zeros(input_size))
+        self.register_buffer("feature_square", torch.zeros(input_size))
+        self.register_buffer("feature_count", torch.zeros(()))
+        # Normal equations of improvement ~ 1, m, m^2, forgotten at 0.98 a call.
+        self.register_buffer("fit_a", torch.zeros(3, 3, dtype=torch.float64))
+        self.register_buffer("fit_b", torch.zeros(3, dtype=torch.float64))
+        self.radius_center = 0.01
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
+        self._last: Tensor | None = None  # features of the newest prediction, (1, 6)
+
+    def normalize(self, features: Tensor) -> Tensor:
+        """Raw features (B, 6) -> z-scores in [-3, 3]; not-a-number becomes 0."""
+        x = torch.nan_to_num(features, nan=0.0, posinf=1e30, neginf=-1e30)
+        x = torch.sign(x) * torch.log1p(x.abs())
+        if self.feature_count == 0:
+            return torch.zeros_like(x)
+        std = (self.feature_square - self.feature_mean**2).clamp_min(1e-6).sqrt()
+        return ((x - self.feature_mean) / std).clamp(-3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raw features (B, 6) -> (B, 2): log10 of the multiplier, decades around the radius."""
+        return torch.tanh(self.output(torch.tanh(self.hidden(self.normalize(x)))))
+
+    @torch.no_grad()
+    def predict(self, state: TrainingState) -> tuple[float, float]:
+        """(multiplier, decades by which to shift the radius, in [-0.5, 0.5]); remembers state."""
+        features = torch.from_numpy(state.to_features())
+        x = torch.nan_to_num(features, nan=0.0, posinf=1e30, neginf=-1e30)
+        x = (torch.sign(x) * torch.log1p(x.abs()))[0]
+        self.feature_count += 1
+        rate = max(0.02, 1 / float(self.feature_count))
+        self.feature_mean.lerp_(x, rate)
+        self.feature_square.lerp_(x * x, rate)
+        self._last = features
+        out = self(features)[0]
+        if not bool(torch.isfinite(out).all()):
+            return 1.0, 0.0  # a broken network gives way to the plain rule
+        low, high = MULTIPLIER_RANGE
+        return min(max(10.0 ** float(out[0]), low), high), 0.5 * float(out[1])
+
+    def predict_learning_rate(self, state: TrainingState) -> float:
+        """Learning-rate multiplier in [0.1, 10]; 1 before anything was learned."""
+        return self.predict(state)[0]
+
+    def predict_trust_region(self, state: TrainingState) -> float:
+        """Trust radius in [0.001, 1], as a fraction of the weights' norm."""
+        low, high = RADIUS_RANGE
+        return min(max(self.radius_center * 10.0 ** self.predict(state)[1], low), high)
+
+    def learn(self, log10_multiplier: float | None, radius_residual: float | None = None) -> None:
+        """One step on the newest prediction towards known targets.
+
+        log10_multiplier: what log10 of the multiplier should have been (Huber loss).
+        radius_residual: log10(proposed step / radius center); its 0.7-quantile is learned by the
+        pinball loss (Koenker and Bassett 1978), so that about 30 % of the steps are cut.
+        """
+        if self._last is None:
+            return
+        with torch.enable_grad():
+            out = self(self._last)[0]
+            loss = out.sum() * 0.0
+            if log10_multiplier is not None and math.isfinite(log10_multiplier):
+                target = torch.tensor(min(max(log10_multiplier, -1.0), 1.0))
+                loss = loss + F.huber_loss(out[0], target, delta=0.3)
+            if radius_residual is not None and math.isfinite(radius_residual):
+                error = min(max(radius_residual, -0.5), 0.5) - 0.5 * out[1]
+                loss = loss + torch.maximum(0.7 * error, -0.3 * error)
+            self.optimizer.zero_grad()
+            loss.backward()
+        if all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in self.parameters()):
+            self.optimizer.step()
+
+    def update_with_feedback(self, lr_multiplier: float, loss_improvement: float) -> None:
+        """Learn from the outcome of the newest prediction.
+
+        lr_multiplier: the multiplier that was used. loss_improvement: loss before minus after.
+
+        Along a fixed direction a quadratic loss improves by b m + c m^2, best at m = -b / 2c. The
+        improvement relative to the loss is fitted on (1, m, m^2) with forgetting; while the
+        multipliers seen do not tell curvature, the target moves 10 % up after an improvement and
+        30 % down after a loss. Feedback that is not finite is ignored.
+        """
+        if self._last is None or not math.isfinite(loss_improvement) or not lr_multiplier > 0:
+            return
+        loss = abs(float(self._last[0, 0]))
+        y = min(max(loss_improvement / max(loss, 1e-30), -4.0), 4.0)
+        m = float(lr_multiplier)
+        row = torch.tensor([1.0, m, m * m], dtype=torch.float64)
+        self.fit_a.mul_(0.98).add_(torch.outer(row, row))
+        self.fit_b.mul_(0.98).add_(row * y)
+        best = m * (1.1 if y > 0 else 0.7)
+        scale = self.fit_a.diagonal().sqrt().clamp_min(1e-12)
+        normal = self.fit_a / torch.outer(scale, scale)
+        if float(torch.linalg.eigvalsh(normal)[0]) > 1e-7:
+            _, b, c = (torch.linalg.solve(normal, self.fit_b / scale) / scale).tolist()
+            if c < 0 < b:
+                best = min(max(-b / (2 * c), m / 2), m * 2)
+        low, high = MULTIPLIER_RANGE
+        self.learn(math.log10(min(max(best, low), high)))
+
+    def training_state(self) -> dict:
+        """Weights, running statistics and optimiser: what resuming needs."""
+        return {
+            "model": self.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "radius_center": self.radius_center,
+            "last": self._last,
+        }
+
+    def load_training_state(self, state: dict) -> None:
+        self.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.radius_center = state["radius_center"]
+        self._last = state["last"]
+
+
+# --------------------------------------------------------------------------------- clustering
+
+
+class KMeansClustering:
+    """K-means (scikit-learn), made to survive duplicates, empty input columns and small samples.
+
+    With fewer distinct samples than clusters the spare clusters are empty: their centroids repeat
+    the last one and nothing is assigned to them. Fitted: ``labels`` (n,), ``centroids``
+    (n_clusters, n_features), ``inertia``.
+    """
+
+    labels: np.ndarray
+    centroids: np.ndarray
+    inertia: float
+
+    def __init__(
+        self, n_clusters: int = 8, max_iter: int = 100, tolerance: float = 1e-4, *, seed: int = 0
+    ) -> None:
+        self.n_clusters, self.max_iter, self.tolerance = n_clusters, max_iter, tolerance
+        self.seed = seed
+
+    def fit(self, X: Any) -> KMeansClustering:
+        """X: (n_samples, n_features), array or tensor. Raises ValueError if empty, not finite."""
+        from sklearn.cluster import KMeans
+
+        if not _integer(1)(self.n_clusters):
+            raise ValueError(f"n_clusters must be an integer of at least 1, not {self.n_clusters}")
+        X = _as_matrix(X)
+        distinct = len(np.unique(X, axis=0)) if len(X) <= 4 * self.n_clusters else self.n_clusters
+        k = min(self.n_clusters, len(X), distinct)
+        with warnings.catch_warnings():  # duplicates beyond the first 4k rows: fewer clusters
+            warnings.simplefilter("ignore")
+            model = KMeans(k, max_iter=self.max_iter, tol=self.tolerance, n_init=1,
+                           random_state=self.seed).fit(X)  # fmt: skip
+        self.labels = model.labels_.astype(np.int64)
+        spare = np.repeat(model.cluster_centers_[-1:], self.n_clusters - k, axis=0)
+        self.centroids = np.concatenate([model.cluster_centers_, spare])
+        self.inertia = float(model.inertia_)
+        return self
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Nearest centroid of each row: (n_samples,) integers."""
+        if not hasattr(self, "centroids"):
+            raise ValueError("KMeansClustering: call fit before predict")
+        X = _as_matrix(X)
+        if X.shape[1] != self.centroids.shape[1]:
+            raise ValueError(f"{X.shape[1]} features; fitted with {self.centroids.shape[1]}")
+        d = (X**2).sum(1)[:, None] - 2 * X @ self.centroids.T + (self.centroids**2).sum(1)
+        return np.argmin(d, axis=1)
+
+    def get_cluster_info(self, X: Any) -> dict[int, dict[str, Any]]:
+        """For each cluster: size, centroid, and mean and std of the rows of X that fall in it."""
+        X = _as_matrix(X)
+        labels = self.predict(X)
+        info: dict[int, dict[str, Any]] = {}
+        for k in range(self.n_clusters):
+            rows = X[labels == k]
+            empty = np.zeros(X.shape[1])
+            info[k] = {
+                "size": len(rows),
+                "centroid": self.centroids[k],
+                "mean": rows.mean(0) if len(rows) else empty,
+                "std": rows.std(0) if len(rows) else empty,
+            }
+        return info
+
+
+def _as_matrix(X: Any) -> np.ndarray:
+    if isinstance(X, Tensor):
+        X = X.detach().cpu().numpy()
+    X = np.asarray(X, dtype=np.float64)
+    X = X.reshape(len(X), -1) if X.ndim != 2 and X.size else X
+    if X.ndim != 2 or X.size == 0:
+        raise ValueError(f"clustering needs samples x features, got shape {X.shape}")
+    if not np.isfinite(X).all():
+        raise ValueError("clustering needs finite features")
+    return X
+
+
+def text_features(ids: np.ndarray, *, components: int = 32, seed: int = 0) -> np.ndarray:
+    """Token windows (n, length) -> dense features (n, <= components) of unit length.
+
+    Hashed n-grams (n = 1, 2, 3) of the ids, TF-IDF, truncated SVD (latent semantic analysis,
+    Deerwester et al. 1990). Ids are symbols: distances between them are never used.
+    """
+    from scipy.sparse import csr_matrix
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.preprocessing import normalize
+
+    buckets = 4096
+    ids = np.asarray(ids).reshape(len(ids), -1).astype(np.uint64)
+    n, length = ids.shape
+    grams = []
+    for width in range(1, min(3, length) + 1):
+        h = np.full((n, length - width + 1), np.uint64(width), dtype=np.uint64)
+        for i in range(width):
+            h = (h ^ ids[:, i : length - width + 1 + i]) * np.uint64(0x9E3779B97F4A7C15)
+            h ^= h >> np.uint64(29)
+        grams.append(h % np.uint64(buckets))
+    columns = np.concatenate(grams, axis=1).astype(np.int64)
+    rows = np.repeat(np.arange(n), columns.shape[1])
+    counts = csr_matrix(
+        (np.ones(columns.size, np.float32), (rows, columns.ravel())), shape=(n, buckets)
+    )
+    tfidf = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
+    size = min(components, n - 1, buckets - 1)
+    if size < 1:
+        return np.zeros((n, 1))
+    svd = TruncatedSVD(size, n_iter=2, random_state=seed)
+    with np.errstate(invalid="ignore", divide="ignore"):  # identical rows: zero total variance
+        return normalize(np.nan_to_num(svd.fit_transform(tfidf)))
+
+
+# ----------------------------------------------------------------------- the constrained step
+
+
+@dataclass
+class ConstrainedUpdateInfo:
+    """One step, in numbers. update_magnitude: ||dTheta||_2. constraint_radius: the largest
+    cluster's radius, a fraction of ||Theta_c||. efficiency: length taken / length proposed."""
+
+    update_magnitude: float
+    constraint_active: bool
+    constraint_radius: float
+    quantization_error: float = 0.0
+    efficiency: float = 1.0
+
+
+def inverse_square_root(gram: Tensor, damping: float) -> Tensor:
+    """(A + damping mean(eig) I)^(-1/2) of a symmetric positive semi-definite A (m, m)."""
+    values, vectors = torch.linalg.eigh(gram)
+    values = values.clamp_min(0)
+    values = values + damping * values.mean() + torch.finfo(gram.dtype).tiny
+    return (vectors * values.rsqrt()) @ vectors.mT
+
+
+def parameter_kind(name: str, p: Tensor, embeddings: set[int], head: int | None) -> str:
+    """'embedding', 'head', 'matrix' or 'vector'."""
+    if id(p) in embeddings:
+        return "embedding"
+    if p.ndim < 2 or min(p.shape[0], p[0].numel()) == 1:
+        return "vector"
+    return "head" if id(p) == head or re.search(r"(^|\.)(lm_)?head\.", name) else "matrix"
+
+
+def named_kinds(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
+    """Every trainable parameter with its name and kind. The head is the last linear layer of a
+    model that has several."""
+    embeddings = {
+        id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+    }
+    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    tied = any(id(w) in embeddings for w in linears)
+    has_embedding_head = bool(embeddings)
+    head = None if len(linears) < 2 or tied or has_embedding_head else id(linears[-1])
+    return [
+        (n, p, parameter_kind(n, p, embeddings, head))
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    ]
+
+
+class ConstrainedOptimizer(torch.optim.Optimizer):
+    """The trust-region step, alone: a PyTorch optimiser for all parameters of a model.
+
+    Direction. Momentum M (bias-corrected mean of gradients). For a weight matrix (out, in) the
+    linear model <M, D> is minimised in the metric learned from gradients on the smaller side,
+    D = -(E[G G^T])^(-1/2) M: the one-sided Shampoo step (Gupta et al., arXiv 1802.09568; ASGO,
+    arXiv 2503.20762), whose noise-free limit is Muon's -polar(M). Other parameters use the
+    diagonal metric, which is Adam (arXiv 1412.6980).
+
+    Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
+    square of the proposed entries is up to 2 % of the weights'. Vectors move as in Adam.
+
+    Region. For each parameter cluster c the proposal d_c, decay included, is cut to
+    ||d_c||_2 <= mu_c ||Theta_c||_2. A cluster whose step was cut shrinks its region, one whose
+    step was not grows it; around that a slow recentring follows the length of proposals, so that
+    about ``active_share`` of the steps are cut.
+
+    params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
+    weight_decay (decoupled), betas of the metric, kind, clusters (one integer a parameter).
+    """
+
+    GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
+    RECENTRE = 0.1
+    RELATIVE_GAIN = 20.0  # lr 1e-3 -> 2 % of the weights' root mean square
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any] = (),
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.9,
+        metric_decay: float = 0.95,
+        weight_decay: float = 0.0,
+        initial_radius: float = 0.01,
+        adapt_radius: bool = True,
+        use_trust_region: bool = True,
+        use_matrix_geometry: bool = True,
+        refresh_every: int = 10,
+        damping: float = 1e-2,
+        active_share: float = 0.3,
+    ) -> None:
+        defaults = dict(
+            lr=lr, momentum=momentum, metric_decay=metric_decay, weight_decay=weight_decay,
+            initial_radius=initial_radius, adapt_radius=adapt_radius,
+            use_trust_region=use_trust_region, use_matrix_geometry=use_matrix_geometry,
+            refresh_every=refresh_every, damping=damping, active_share=active_share,
+            kind=None, clusters=None,
+        )  # fmt: skip
+        if not _POSITIVE[0](lr):
+            raise ValueError(f"lr must be {_POSITIVE[1]}, not {lr!r}")
+        if not 0 < initial_radius <= 1:
+            raise ValueError(f"initial_radius must be in (0, 1], not {initial_radius!r}")
+        if isinstance(params, nn.Module):
+            groups: dict[str, list[Tensor]] = {}
+            for _, p, kind in named_kinds(params):
+                groups.setdefault(kind, []).append(p)
+            params = [{"params": ps, "kind": kind} for kind, ps in groups.items()]
+        params = list(params)
+        super().__init__(params or [{"params": []}], defaults)
+        if not params:
+            self.param_groups.clear()  # unbound: groups are added when a model arrives
+        self.info = ConstrainedUpdateInfo(0.0, False, initial_radius)
+
+    @staticmethod
+    def apply_constraint(update: Any, constraint_radius: float) -> tuple[Any, bool]:
+        """Project an update (array or tensor) on the L2 ball of an absolute radius.
+
+        Returns (update with 2-norm <= radius, whether it was cut). The norm is taken in float64;
+        an update that is not finite becomes zero.
+        """
+        array = torch.as_tensor(update)
+        if not array.numel():
+            return update, False
+        if not bool(torch.isfinite(array).all()):
+            return update.clone().zero_() if isinstance(update, Tensor) else update * 0, True
+        peak = float(array.abs().max())
+        if peak == 0:
+            return update, False
+        norm = peak * float(torch.linalg.vector_norm(array.double() / peak))
+        if norm <= constraint_radius:
+            return update, False
+        # A few units in the last place inside, so that rounding cannot leave the ball.
+        eps = torch.finfo(array.dtype).eps if array.is_floating_point() else 1e-7
+        return update * (constraint_radius / norm * (1 - 4 * eps)), True
+
+    def gradient_norm(self) -> Tensor:
+        """||g||_2 over all parameters that have a gradient, as a 0-dimensional tensor."""
+        grads = [p.grad for group in self.param_groups for p in group["params"]
+                 if p.grad is not None]  # fmt: skip
+        if not grads:
+            return torch.zeros(())
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+
+    def slope(self) -> Tensor:
+        """<g, s>: this gradient along the newest step taken, as a 0-dimensional tensor."""
+        total = torch.zeros(())
+        for group in self.param_groups:
+            for p in group["params"]:
+                taken = self.state[p].get("taken") if p in self.state else None
+                if p.grad is not None and taken is not None:
+                    total = total.to(p.device) + torch.sum(p.grad * taken)
+        return total
+
+    def radii(self) -> Tensor:
+        """mu_c for each cluster (C,), fractions of ||Theta_c||_2."""
+        return self._region["centre"] * torch.exp(self._region["log_factor"])
+
+    @property
+    def _region(self) -> dict[str, Tensor]:
+        if "region" not in self.state:  # a key that is not a tensor survives state_dict()
+            groups = self.param_groups
+            count = 1 + max((max(self._clusters(g), default=0) for g in groups), default=0)
+            device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
+            radius = [next((g["initial_radius"] for g in groups if c in self._clusters(g)), 0.01)
+                      for c in range(count)]  # fmt: skip
+            self.state["region"] = {  # type: ignore[index]
+                "centre": torch.tensor(radius, device=device),
+                "log_factor": torch.zeros(count, device=device),
+            }
+        return self.state["region"]  # type: ignore[index]
+
+    def _clusters(self, group: dict[str, Any]) -> list[int]:
+        return group["clusters"] or [0] * len(group["params"])
+
+    @torch.no_grad()
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        scale: float = 1.0,
+        radius_shift: float = 0.0,
+        keep_step: bool = False,
+    ) -> float | None:
+        """One step. scale multiplies every group's lr; radius_shift moves every region by that
+        many decades, for this step; keep_step remembers the step for `slope`.
+
+        A gradient that is not finite skips the step and touches nothing.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not bool(torch.isfinite(self.gradient_norm())):
+            self.info = ConstrainedUpdateInfo(0.0, False, self.info.constraint_radius)
+            return loss
+
+        params: list[Tensor] = []
+        directions: list[Tensor] = []
+        lengths: list[float] = []  # lr x gain of each parameter
+        floors: list[float] = []  # smallest root mean square to be relative to
+        decays: list[float] = []
+        clusters: list[int] = []
+        first = self.param_groups[0] if self.param_groups else self.defaults
+        for group in self.param_groups:
+            for p, cluster in zip(group["params"], self._clusters(group), strict=True):
+                if p.grad is None:
+                    continue
+                kind = group["kind"] or parameter_kind("", p, set(), None)
+                directions.append(self._direction(p, kind, group, len(params)))
+                params.append(p)
+                relative = kind != "vector"
+                lr = group["lr"] * scale
+                lengths.append(lr * (self.RELATIVE_GAIN if relative else 1.0))
+                floors.append(0.1 / math.sqrt(p[0].numel()) if relative else 1.0)
+                decays.append(lr * group["weight_decay"])
+                clusters.append(cluster)
+        if not params:
+            return loss
+
+        device = params[0].device
+        sizes = torch.tensor([p.numel() for p in params], device=device).sqrt()
+        norms = torch.stack([n.to(device) for n in torch._foreach_norm(params)]).float()
+        floor = torch.tensor(floors, device=device)
+        relative_to = torch.where(floor == 1.0, floor, torch.maximum(norms / sizes, floor))
+        length = torch.tensor(lengths, device=device) * relative_to
+        if any(decays):
+            share = torch.tensor(decays, device=device) / length.clamp_min(1e-30)
+            for d, p, w in zip(directions, params, share, strict=True):
+                d.addcmul_(p.to(d.dtype), w)
+        proposed = torch.stack([n.to(device) for n in torch._foreach_norm(directions)]) * length
+
+        index = torch.tensor(clusters, device=device)
+        region = self._region
+        count = len(region["centre"])
+        total = torch.zeros(count, device=device).index_add(0, index, proposed**2).sqrt()
+        weight = torch.zeros(count, device=device)
+        weight = weight.index_add(0, index, torch.maximum(norms, floor * sizes * (floor < 1)) ** 2)
+        weight = weight.sqrt()
+        cut = torch.ones(count, device=device)
+        active = torch.zeros(count, dtype=torch.bool, device=device)
+        low, high = RADIUS_RANGE
+        radii = (self.radii() * 10.0**radius_shift).clamp(low, high)
+        if first["use_trust_region"]:
+            # Rounding Theta + d to float32 moves Theta by up to 1e-7 of itself.
+            allowed = (radii - 1.2e-7) * weight
+            active = total > allowed
+            cut = torch.where(active, allowed / total.clamp_min(1e-30), cut)
+            if first["adapt_radius"]:
+                self._adapt(region, active, total > 0, first["active_share"])
+        factor = -length * cut[index]
+        for p, d, f in zip(params, directions, factor, strict=True):
+            if keep_step:
+                d.mul_(f)
+                self.state[p]["taken"] = d
+                p.add_(d)
+            else:
+                p.addcmul_(d.to(p.dtype), f.to(p.dtype))
+
+        live = total > 0
+        ratio = total / (self._region["centre"] * weight).clamp_min(1e-30)
+        stats = torch.stack([
+            torch.linalg.vector_norm(total * cut),
+            torch.linalg.vector_norm(total),
+            (active & live).sum() / live.sum().clamp_min(1),
+            radii.max(),
+            torch.log10(ratio.clamp(1e-6, 1e6))[live].mean() if count else total.sum(),
+        ])  # fmt: skip
+        taken, wished, self.active_share, radius, self.proposal_log10 = stats.tolist()
+        self.info = ConstrainedUpdateInfo(
+            taken, self.active_share > 0, radius, efficiency=taken / wished if wished else 1.0
+        )
+        return loss
+
+    def _adapt(self, region: dict[str, Tensor], active: Tensor, live: Tensor, share: float) -> None:
+        """Cut: the region shrinks. Not cut: it grows. The centre follows the proposals' length,
+        slowly (Robbins-Monro on their quantile), so that a share of the steps is cut.
+
+        In equilibrium share x SHRINK = (1 - share) x GROW.
+        """
+        move = torch.where(active, -self.SHRINK, self.GROW)
+        region["log_factor"].mul_(self.RELAX).add_(move * live)
+        centre = region["centre"] * torch.exp(self.RECENTRE * (active.float() - share) * live)
+        region["centre"].copy_(centre.clamp(*RADIUS_RANGE))
+
+    def _direction(self, p: Tensor, kind: str, group: dict[str, Any], order: int) -> Tensor:
+        """The unit-scale direction of p (its negative is a descent direction), same shape."""
+        state = self.state[p]
+        g = p.grad.float() if p.grad.dtype != torch.float32 else p.grad
+        if not state:
+            state["step"] = 0
+            state["mean"] = torch.zeros_like(p, dtype=torch.float32)
+        state["step"] += 1
+        t, beta, decay = state["step"], group["momentum"], group["metric_decay"]
+        state["mean"].lerp_(g, 1 - beta)
+        mean_correction = 1 - beta**t
+        if kind != "matrix" or not group["use_matrix_geometry"]:
+            if "square" not in state:
+                state["square"] = torch.zeros_like(g)
+            state["square"].lerp_(g * g, 1 - decay)
+            scale = (state["square"] / (1 - decay**t)).sqrt_().add_(1e-12)
+            return state["mean"] / (scale * mean_correction)
+
+        g = g.reshape(len(g), -1)
+        mean = state["mean"].view(g.shape)
+        left = g.shape[0] <= g.shape[1]  # precondition the smaller side
+        product = g @ g.mT if left else g.mT @ g
+        if "gram" not in state:
+            state["gram"] = torch.zeros_like(product)
+        state["gram"].lerp_(product, 1 - decay)
+        early = t < group["refresh_every"] and t & (t - 1) == 0
+        if early or "root" not in state or (t + order) % group["refresh_every"] == 0:
+            gram = state["gram"] / (1 - decay**t)
+            state["root"] = inverse_square_root(gram, group["damping"])
+        scale = math.sqrt(max(g.shape)) / mean_correction
+        d = state["root"] @ mean if left else mean @ state["root"]
+        return d.mul_(scale).view(p.shape)
+
+
+# -------------------------------------------------------------------------------- the manager
+
+
+class _Running:
+    """Exponential mean of a number whose spikes are clipped, so that one cannot poison it."""
+
+    def __init__(self, rate: float) -> None:
+        self.rate, self.mean, self.deviation, self.count = rate, 0.0, 0.0, 0
+
+    def update(self, x: float) -> float:
+        self.count += 1
+        if self.count == 1:
+            self.mean = x
+            return x
+        delta = x - self.mean
+        if self.count > 10:
+            delta = min(max(delta, -5 * self.deviation), 5 * self.deviation)
+        rate = max(self.rate, 1 / self.count)
+        self.mean += rate * delta
+        self.deviation += rate * (abs(delta) - self.deviation)
+        return self.mean
+
+
+class HybridOptimizationManager:
+    """The three parts together: clusters of data, the auxiliary network, the constrained step.
+
+    Two calling habits, told apart by what ``gradients`` is:
+
+    - the flat concatenation of every parameter's gradient in ``model.parameters()`` order, or
+      None to use ``p.grad``: the manager updates every trainable parameter of the model;
+    - one number, the gradient norm: the manager observes and advises, nothing is changed.
+
+    A loss or a gradient that is not finite skips the step and changes nothing.
+    """
+
+    KAPPA_RATE = 0.1
+    KAPPA_TARGET = 0.5
+    MULTIPLIER_GAIN = 0.1  # decades of target correction a step, at most
+
+    def __init__(self, config: HybridTrainingConfig | None = None) -> None:
+        self.config = c = config if config is not None else HybridTrainingConfig()
+        self.auxiliary_nn = AuxiliaryNeuralNetwork(
+            hidden_size=c.auxiliary_nn_hidden_size,
+            learning_rate=c.auxiliary_nn_learning_rate,
+            seed=c.seed,
+        )
+        self.data_clusterer = KMeansClustering(c.data_clusters, seed=c.seed)
+        self.param_clusterer = KMeansClustering(c.parameter_clusters, seed=c.seed)
+        self.constrained_opt = ConstrainedOptimizer()
+        self.trust_radius = c.initial_trust_radius
+        self.data_labels: np.ndarray | None = None
+        self.parameter_labels: dict[str, int] = {}
+        self.metrics_history: list[dict[str, float]] = []
+        self.skipped_steps = 0
+        self.consecutive_skips = 0
+        self._model: nn.Module | None = None
+        self._fast, self._slow = _Running(0.3), _Running(0.05)
+        self._norm = _Running(0.05)
+        self._descent, self._curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
+        self._promised: float | None = None  # <g_t, s_t> of the newest step
+        self._cluster_loss: dict[int, _Running] = {}
+        self._rng = np.random.default_rng(c.seed)
+        self._orders: dict[int, np.ndarray] = {}
+
+    # ------------------------------------------------------------------------ clusters of data
+
+    def setup_data_clustering(self, data: Any) -> np.ndarray:
+        """Cluster samples (first axis): token ids (integers) or features (floats) -> labels (n,).
+
+        Ids become hashed n-gram features (`text_features`); features are standardised.
+        """
+        array = data.detach().cpu().numpy() if isinstance(data, Tensor) else np.asarray(data)
+        if not len(array):
+            raise ValueError("setup_data_clustering: no samples")
+        if np.issubdtype(array.dtype, np.integer):
+            features = text_features(array, seed=self.config.seed)
+        else:
+            features = _as_matrix(array)
+            features = (features - features.mean(0)) / np.maximum(features.std(0), 1e-12)
+        self.data_clusterer = KMeansClustering(self.config.data_clusters, seed=self.config.seed)
+        self.data_labels = self.data_clusterer.fit(features).labels
+        self._orders.clear()
+        return self.data_labels
+
+    def get_cluster_batch(
+        self, data: Any, batch_size: int, cluster_idx: int, *, return_indices: bool = False
+    ) -> Any:
+        """batch_size samples of one cluster, walked in random order without replacement (and
+        again from the start when the cluster is used up). With return_indices: (batch, indices
+        into data), so that labels can follow. An empty cluster gives samples of any cluster."""
+        if self.data_labels is None:
+            raise ValueError("get_cluster_batch: call setup_data_clustering first")
+        if len(data) != len(self.data_labels):
+            raise ValueError(f"{len(data)} samples; clustered {len(self.data_labels)}")
+        if not _integer(1)(batch_size):
+            raise ValueError(f"batch_size must be at least 1, not {batch_size!r}")
+        members = np.flatnonzero(self.data_labels == cluster_idx)
+        if not len(members):
+            members = np.arange(len(data))
+        order = self._orders.get(cluster_idx, np.empty(0, int))
+        while len(order) < batch_size:
+            order = np.concatenate([order, self._rng.permutation(members)])
+        indices, self._orders[cluster_idx] = order[:batch_size], order[batch_size:]
+        picked = torch.from_numpy(indices).to(data.device) if isinstance(data, Tensor) else indices
+        batch = data[picked] if isinstance(data, (Tensor, np.ndarray)) else [data[i] for i in picked]
+        return (batch, indices) if return_indices else batch
+
+    def observe_clusters(self, clusters: Iterable[int], losses: Iterable[float]) -> None:
+        """Tell which cluster each sample came from and what it lost (reducible loss is best: with
+        a teacher, the KL divergence)."""
+        for k, x in zip(clusters, losses, strict=True):
+            if math.isfinite(x):
+                self._cluster_loss.setdefault(int(k), _Running(0.05)).update(float(x))
+
+    def cluster_rates(self, step: int) -> np.ndarray:
+        """Learning-rate factor of each cluster (data_clusters,), in [1/2, 2].
+
+        sqrt(cluster's running loss / mean over clusters), shrunk to 1 while few samples were
+        seen and annealed to 1 towards max_steps, so the objective ends unweighted.
+        """
+        rates = np.ones(self.config.data_clusters)
+        seen = {k: r for k, r in self._cluster_loss.items() if 0 <= k < len(rates)}
+        if not self.config.use_clustering or len(seen) < 2:
+            return rates
+        if step < self.config.clustering_warmup_steps:
+            return rates
+        mean = sum(r.mean for r in seen.values()) / len(seen)
+        left = max(0.0, 1 - step / self.config.max_steps)
+        for k, r in seen.items():
+            trust = r.count / (r.count + 20)
+            rates[k] = (max(r.mean, 1e-12) / max(mean, 1e-12)) ** (0.5 * trust * left)
+        return np.clip(rates / rates[list(seen)].mean(), 0.5, 2.0)
+
+    # -------------------------------------------------------------------- observing and stepping
+
+    def compute_training_state(
+        self, loss: Any, gradients: Any, cluster_id: int, step: int
+    ) -> TrainingState:
+        """Update the running statistics with one step and describe it.
+
+        gradients: a flat vector, or one number (its norm), or None (0). Values that are not
+        finite are reported but leave the statistics alone.
+        """
+        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        if gradients is None:
+            norm = 0.0
+        else:
+            norm = float(torch.linalg.vector_norm(torch.as_tensor(gradients).detach().double()))
+        if math.isfinite(value) and math.isfinite(norm):
+            self._fast.update(value)
+            self._slow.update(value)
+            self._norm.update(norm)
+        return TrainingState(
+            current_loss=value,
+            gradient_magnitude=norm,
+            cluster_id=int(cluster_id),
+            loss_trend=self._fast.mean - self._slow.mean,
+            gradient_variance=self._norm.deviation**2,
+            step_number=int(step),
+        )
+
+    def schedule(self, step: int) -> float:
+        """`schedule_factor` with this configuration's values."""
+        c = self.config
+        return schedule_factor(step, c.max_steps, c.warmup_fraction, c.lr_schedule)
+
+    def optimization_step(
+        self,
+        model: nn.Module,
+        loss: Any,
+        gradients: Any,
+        cluster_id: int = 0,
+        step: int = 0,
+        base_lr: float | None = None,
+    ) -> dict[str, Any]:
+        """One step, or one piece of advice (see the class). base_lr replaces the configured rate
+        *and* its schedule: the caller's own schedule rules.
+
+        Returns loss, learning_rate, lr_multiplier, trust_radius (fraction of ||Theta_c||),
+        update_magnitude (||dTheta||_2), constraint_active, gradient_magnitude, skipped,
+        active_share (share of the parameter clusters whose step was cut), and the cluster's rate.
+        """
+        if base_lr is not None and not _POSITIVE[0](base_lr):
+            raise ValueError(f"base_lr must be {_POSITIVE[1]}, not {base_lr!r}")
+        advise = gradients is not None and torch.as_tensor(gradients).numel() == 1
+        if advise and sum(p.numel() for p in model.parameters() if p.requires_grad) == 1:
+            advise = isinstance(gradients, (int, float))
+        if not advise:
+            self._bind(model)
+            if gradients is not None:
+                self._scatter(model, torch.as_tensor(gradients))
+            norm = self.constrained_opt.gradient_norm()
+        else:
+            norm = torch.as_tensor(gradients)
+        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        magnitude = float(norm)
+        if not math.isfinite(value) or not math.isfinite(magnitude):
+            self.skipped_steps += 1
+            self.consecutive_skips += 1
+            return self._record(value, 0.0, 1.0, 0.0, False, magnitude, 0.0, 1.0, skipped=True)
+        self.consecutive_skips = 0
+
+        c = self.config
+        state = self.compute_training_state(value, magnitude, cluster_id, step)
+        multiplier, shift = self._guide(state, advise)
+        rates = self.cluster_rates(step)
+        rate = float(rates[cluster_id]) if 0 <= cluster_id < len(rates) else 1.0
+        base = base_lr if base_lr is not None else c.base_learning_rate * self.schedule(step)
+        lr = base * multiplier * rate
+        if advise:
+            return self._record(value, lr, multiplier, 0.0, False, magnitude, 0.0, rate)
+
+        for group in self.constrained_opt.param_groups:
+            group["lr"] = lr
+        self.constrained_opt.step(radius_shift=shift, keep_step=c.use_auxiliary_nn)
+        if c.use_auxiliary_nn:
+            self._promised = float(self.constrained_opt.slope())
+        info = self.constrained_opt.info
+        self.trust_radius = info.constraint_radius
+        return self._record(
+            value, lr, multiplier, info.update_magnitude, info.constraint_active,
+            magnitude, self.constrained_opt.active_share, rate,
+        )  # fmt: skip
+
+    def _guide(self, state: TrainingState, advise: bool) -> tuple[float, float]:
+        """Teach the network what the last step showed, then ask it about this one."""
+        net = self.auxiliary_nn
+        if not self.config.use_auxiliary_nn:
+            return 1.0, 0.0
+        if not advise and self._promised is not None:
+            found = float(self.constrained_opt.slope())
+            a = self._descent.update(self._promised)
+            b = self._curved.update(found)
+            last = self.metrics_history[-1] if self.metrics_history else {}
+            self.kappa = b / a if a < 0 else 0.0
+            wish = math.log10(
+                (1 - self.KAPPA_TARGET) / min(max(1 - self.kappa, 0.01), 10.0)
+            )
+            wish = min(max(wish, -self.MULTIPLIER_GAIN), self.MULTIPLIER_GAIN)
+            residual = self.constrained_opt.proposal_log10
+            net.learn(math.log10(last.get("lr_multiplier", 1.0)) + wish, residual)
+        return net.predict(state)
+
+    def _record(
+        self, loss: float, lr: float, multiplier: float, update: float, active: bool,
+        magnitude: float, share: float, rate: float, *, skipped: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
+        result = {
+            "loss": loss,
+            "learning_rate": lr,
+            "lr_multiplier": multiplier,
+            "trust_radius": self.trust_radius,
+            "update_magnitude": update,
+            "constraint_active": active,
+            "gradient_magnitude": magnitude,
+            "active_share": share,
+            "cluster_rate": rate,
+            "skipped": skipped,
+        }
+        self.metrics_history.append(result)
+        return result
+
+    # ------------------------------------------------------------------- parameters and clusters
+
+    def _bind(self, model: nn.Module) -> None:
+        """On the first step: find kinds, cluster the parameters, fill the optimiser's groups."""
+        if self._model is model:
+            return
+        if self._model is not None:
+            raise ValueError("this manager already steps another model; make a new manager")
+        c = self.config
+        named = named_kinds(model)
+        if not named:
+            raise ValueError("optimization_step: the model has no trainable parameters")
+        labels = self._cluster_parameters(named)
+        self.parameter_labels = {n: k for (n, _, _), k in zip(named, labels, strict=True)}
+        self.constrained_opt = ConstrainedOptimizer(
+            [
+                {
+                    "params": [p for _, p, k in named if k == kind],
+                    "clusters": [int(x) for (_, _, k), x in zip(named, labels, strict=True)
+                                 if k == kind],
+                    "kind": kind,
+                }
+                for kind in dict.fromkeys(k for _, _, k in named)
+            ],
+            lr=c.base_learning_rate,
+            momentum=c.momentum,
+            weight_decay=c.weight_decay,
+            initial_radius=c.initial_trust_radius,
+            adapt_radius=c.trust_radius_adaptation,
+            use_trust_region=c.use_trust_region,
+            use_matrix_geometry=c.use_matrix_geometry,
+        )  # fmt: skip
+        self._model = model
+
+    def _cluster_parameters(self, named: Sequence[tuple[str, nn.Parameter, str]]) -> np.ndarray:
+        """Labels (tensors,) from kind, size, aspect, weight scale, gradient scale, sensitivity."""
+        if self.config.parameter_clusters == 1:
+            return np.zeros(len(named), int)
+        kinds = ("embedding", "head", "matrix", "vector")
+        rows = []
+        for _, p, kind in named:
+            w = p.detach().double()
+            g = torch.zeros_like(w) if p.grad is None else p.grad.detach().double()
+            logs = [
+                float(w.square().mean().sqrt()),
+                float(g.square().mean().sqrt()),
+                float((w * g).sum().abs()),
+            ]
+            rows.append(
+                [4.0 * (kind == k) for k in kinds]
+                + [math.log10(p.numel()), math.log10(len(p) / (p.numel() / len(p)))]
+                + [math.log10(max(x, 1e-12)) if math.isfinite(x) else 0.0 for x in logs]
+            )
+        features = np.array(rows)
+        scale = features[:, len(kinds) :].std(0)
+        features[:, len(kinds) :] /= np.where(scale > 0, scale, 1)
+        return self.param_clusterer.fit(features).labels
+
+    @staticmethod
+    def _scatter(model: nn.Module, flat: Tensor) -> None:
+        """Flat gradient, in model.parameters() order, -> p.grad of each trainable parameter."""
+        every = list(model.parameters())
+        params = [p for p in every if p.requires_grad]
+        count = sum(p.numel() for p in params)
+        flat = flat.detach().reshape(-1)
+        if flat.numel() != count:
+            params, count = every, sum(p.numel() for p in every)
+        if flat.numel() != count:
+            raise ValueError(f"gradients has {flat.numel()} entries; the model has {count}")
+        offset = 0
+        for p in params:
+            part = flat[offset : offset + p.numel()].view(p.shape)
+            offset += p.numel()
+            if p.requires_grad:
+                p.grad = part.to(device=p.device, dtype=p.dtype, copy=True)
+
+    # --------------------------------------------------------------------------- summary and state
+
+    def get_summary(self) -> dict[str, Any]:
+        """final_loss, metrics_history, trust_radius, total_steps, skipped_steps,
+        avg_lr_multiplier, constraint_activation_rate (share of cluster-steps that were cut)."""
+        taken = [m for m in self.metrics_history if not m["skipped"]]
+        n = max(1, len(taken))
+        return {
+            "final_loss": taken[-1]["loss"] if taken else float("nan"),
+            "metrics_history": self.metrics_history,
+            "trust_radius": self.trust_radius,
+            "total_steps": len(taken),
+            "skipped_steps": self.skipped_steps,
+            "avg_lr_multiplier": sum(m["lr_multiplier"] for m in taken) / n if taken else 1.0,
+            "constraint_activation_rate": sum(m["active_share"] for m in taken) / n,
+        }
+
+    _PLAIN = (
+        "trust_radius", "data_labels", "parameter_labels", "metrics_history", "skipped_steps",
+        "consecutive_skips", "_promised", "_orders",
+    )  # fmt: skip
+    _AVERAGES = ("_fast", "_slow", "_norm", "_descent", "_curved")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, in plain types and tensors."""
+        import copy
+
+        plain = {k: copy.deepcopy(getattr(self, k)) for k in self._PLAIN}
+        return {
+            "plain": plain,
+            "averages": {k: dict(vars(getattr(self, k))) for k in self._AVERAGES},
+            "cluster_loss": {k: dict(vars(r)) for k, r in self._cluster_loss.items()},
+            "rng": self._rng.bit_generator.state,
+            "auxiliary_nn": self.auxiliary_nn.training_state(),
+            "optimizer": self.constrained_opt.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
+        """Restore `state_dict`. Pass the model if steps were taken before saving."""
+        if model is not None and state["plain"]["parameter_labels"]:
+            self._bind(model)
+            self.constrained_opt.load_state_dict(state["optimizer"])
+        for k, v in state["plain"].items():
+            setattr(self, k, v)
+        for k, v in state["averages"].items():
+            vars(getattr(self, k)).update(v)
+        self._cluster_loss = {k: _Running(0.05) for k in state["cluster_loss"]}
+        for k, v in state["cluster_loss"].items():
+            vars(self._cluster_loss[k]).update(v)
+        self._rng.bit_generator.state = state["rng"]
+        self.auxiliary_nn.load_training_state(state["auxiliary_nn"])
+
+
+def create_hybrid_optimizer(
+    config: HybridTrainingConfig | None = None,
+) -> HybridOptimizationManager:
+    """A manager with this configuration (the default one if None)."""
+    return HybridOptimizationManager(config)
+
+
+def get_default_config() -> HybridTrainingConfig:
+    """A configuration with every default."""
+    return HybridTrainingConfig()

@@ -1,0 +1,10 @@
+"""What a distillation run is made of: text, models, quantisers, losses and files."""
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """A mistake in what the user asked for: one line that says what, where and what to do.
+
+    Command-line entry points print it on stderr and exit with code 2.
+    """

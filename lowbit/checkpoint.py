@@ -1,0 +1,104 @@
+"""Files that are written whole or not at all, and the float32 checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from lowbit import UserError
+from lowbit.student import CausalLM, ModelConfig
+
+FORMAT = "lowbit-float32"
+VERSION = 1
+
+
+def prepare_folder(folder: str | os.PathLike) -> Path:
+    """Make the folder and try a file in it. Raises UserError where that fails."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as e:
+        raise UserError(f"--output_dir: cannot write to {folder}: {e.strerror}") from e
+    return path
+
+
+def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> Path:
+    """Write a temporary file beside ``path``, flush it to disk, then rename it over ``path``."""
+    target = Path(path)
+    fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    return target
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def build_model(config: ModelConfig, state: dict[str, torch.Tensor], origin: str) -> CausalLM:
+    """A model from named float tensors; names and shapes must match exactly."""
+    model = CausalLM(config)
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in state.items()}
+    if expected != found:
+        odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
+        raise UserError(f"{origin}: tensor {odd[0]} is missing, unknown or of the wrong shape")
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{origin}: tensor {name} holds values that are not finite")
+    model.load_state_dict({k: v.float() for k, v in state.items()})
+    return model
+
+
+def save_float32(
+    path: str | os.PathLike, config: ModelConfig, state: dict[str, torch.Tensor], tokenizer: dict
+) -> Path:
+    """Latent float32 weights under their Hugging Face names, with config and tokenizer."""
+    payload = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": config.to_dict(),
+        "tokenizer": tokenizer,
+        "state_dict": {k: v.detach().cpu().contiguous() for k, v in state.items()},
+    }
+    return atomic_write(path, lambda f: torch.save(payload, f))
+
+
+def load_float32(path: str | os.PathLike) -> tuple[CausalLM, dict]:
+    """(model, tokenizer description). Raises UserError for anything but such a checkpoint."""
+    try:
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except Exception as e:  # torch raises many types for damaged or hostile files
+        raise UserError(f"{path} is damaged, or not a checkpoint of this project") from e
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this project")
+    if payload.get("version") != VERSION:
+        raise UserError(f"{path}: version {payload.get('version')!r}, expected {VERSION}")
+    state, tokenizer = payload.get("state_dict"), payload.get("tokenizer")
+    if not isinstance(state, dict) or not isinstance(tokenizer, dict):
+        raise UserError(f"{path}: members missing")
+    if not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path}: state_dict holds something that is not a tensor")
+    config = ModelConfig.from_dict(payload.get("config"))
+    return build_model(config, state, str(path)), tokenizer

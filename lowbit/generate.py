@@ -1,0 +1,80 @@
+"""Sampling from a model: ``python -m lowbit.generate student/student_quantized_....npz``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import torch
+
+from lowbit import UserError
+from lowbit.student import CausalLM
+from lowbit.teacher import load_teacher
+from lowbit.tokenizer import ByteTokenizer
+
+
+@torch.no_grad()
+def generate(
+    model: CausalLM,
+    prompt: np.ndarray,
+    count: int,
+    *,
+    temperature: float = 0.7,
+    top_k: int = 40,
+    seed: int = 0,
+) -> list[int]:
+    """prompt: ids (n,), n >= 1 -> ``count`` new ids, sampled with a key/value cache.
+
+    temperature 0 takes the most likely token. Where the positions run out, the newer half of the
+    text is read again.
+    """
+    device = model.cos.device
+    generator = torch.Generator().manual_seed(seed)
+    limit = model.config.max_position_embeddings
+    text = [int(i) for i in prompt]
+    start = len(text)
+    cache, feed = None, text[-limit // 2 :]
+    for _ in range(count):
+        if cache is not None and cache[0][0].size(2) + len(feed) > limit:
+            cache, feed = None, text[-limit // 2 :]
+        out = model(torch.tensor([feed], device=device), cache)
+        logits = out.logits[0, -1].float().cpu()
+        cache = out.cache
+        if temperature == 0:
+            choice = int(logits.argmax())
+        else:
+            top = torch.topk(logits / temperature, min(top_k, logits.numel()))
+            pick = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+            choice = int(top.indices[pick])
+        text.append(choice)
+        feed = [choice]
+    return text[start:]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lowbit.generate", description=__doc__)
+    parser.add_argument("model", help="a .npz or .pth that distillation.py wrote")
+    parser.add_argument("--prompt", default="Return ", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=300, help="bytes to add (default 300)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 = most likely byte")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    tokenizer = ByteTokenizer()
+    try:
+        if not args.prompt:
+            raise UserError("--prompt: give at least one character")
+        if args.tokens < 1 or not 0 <= args.temperature < float("inf"):
+            raise UserError("--tokens must be at least 1 and --temperature at least 0")
+        model = load_teacher(args.model, tokenizer)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    ids = generate(model, tokenizer.encode(args.prompt), args.tokens,
+                   temperature=args.temperature, seed=args.seed)  # fmt: skip
+    print(args.prompt + tokenizer.decode(ids))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

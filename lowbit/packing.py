@@ -1,0 +1,277 @@
+"""The packed file: one .npz for a whole model, readable with nothing but numpy and this page.
+
+Members: ``header`` (JSON as uint8), and one stream for each encoding that occurs, holding the
+tensors of that encoding one after another in header order:
+
+    ternary   uint8    5 codes a byte, code + 1 as base-3 digits, first code least significant;
+                       each tensor starts a new byte
+    1bit      uint8    8 codes a byte, 1 for +1, first code least significant, likewise
+    int8      int8     8-bit codes
+    float16, float32   plain values
+    scales    uint16   bfloat16 bits; one a row or one a tensor for ternary, 1bit and int8
+
+Streams are deflated, which brings ternary codes close to their entropy; zip's CRC-32 guards each.
+Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lowbit import UserError
+from lowbit.checkpoint import atomic_write, build_model
+from lowbit.quantization import QATEmbedding, QATLinear, low_bit_layers
+from lowbit.student import CausalLM, ModelConfig
+
+FORMAT = "lowbit-packed"
+VERSION = 1
+MAX_HEADER = 1 << 20
+MAX_WEIGHTS = 1 << 33
+STREAM_DTYPES = {
+    "ternary": np.uint8, "1bit": np.uint8, "int8": np.int8, "float16": np.float16,
+    "float32": np.float32, "scales": np.uint16,
+}  # fmt: skip
+CODED = ("ternary", "1bit", "int8")
+
+_POWERS = 3 ** np.arange(5)
+_TRITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)  # (243, 5)
+
+
+# --------------------------------------------------------------------------------- bits and trits
+
+
+def pack_ternary(codes: np.ndarray) -> np.ndarray:
+    """Codes in {-1, 0, 1}, any shape -> uint8 (ceil(n / 5),); the last byte is padded with 0."""
+    flat = np.asarray(codes).ravel()
+    if not np.isin(flat, (-1, 0, 1)).all():
+        raise ValueError("ternary codes are -1, 0 and 1")
+    digits = np.zeros(-(-flat.size // 5) * 5, np.uint8)
+    digits[: flat.size] = flat.astype(np.int8) + 1
+    digits[flat.size :] = 1
+    return (digits.reshape(-1, 5) @ _POWERS).astype(np.uint8)
+
+
+def unpack_ternary(packed: np.ndarray, count: int) -> np.ndarray:
+    """Inverse of `pack_ternary`: int8 (count,). Raises ValueError for a byte above 242, a wrong
+    length, or padding that is not 0."""
+    if packed.size != -(-count // 5):
+        raise ValueError(f"{packed.size} bytes cannot hold {count} ternary codes")
+    if packed.size and packed.max() > 242:
+        raise ValueError("a byte above 242 is not five ternary codes")
+    codes = _TRITS[packed].ravel()
+    if codes[count:].any():
+        raise ValueError("padding after the last ternary code")
+    return codes[:count]
+
+
+def pack_bits(codes: np.ndarray) -> np.ndarray:
+    """Codes in {-1, 1}, any shape -> uint8 (ceil(n / 8),)."""
+    flat = np.asarray(codes).ravel()
+    if not np.isin(flat, (-1, 1)).all():
+        raise ValueError("1-bit codes are -1 and 1")
+    return np.packbits(flat > 0, bitorder="little")
+
+
+def unpack_bits(packed: np.ndarray, count: int) -> np.ndarray:
+    """Inverse of `pack_bits`: int8 (count,)."""
+    if packed.size != -(-count // 8):
+        raise ValueError(f"{packed.size} bytes cannot hold {count} 1-bit codes")
+    bits = np.unpackbits(packed, bitorder="little")
+    if bits[count:].any():
+        raise ValueError("padding after the last 1-bit code")
+    return bits[:count].astype(np.int8) * 2 - 1
+
+
+# ------------------------------------------------------------------------------------- the writer
+
+
+@dataclass
+class SizeReport:
+    """Bytes and weights of a packed file. linear_bits: bits a ternary or 1-bit weight, its share
+    of scales included, after compression."""
+
+    file_bytes: int
+    float32_bytes: int
+    linear_weights: int
+    linear_bits: float
+
+    @property
+    def ratio(self) -> float:
+        return self.float32_bytes / self.file_bytes
+
+
+def encode_model(model: CausalLM, plain: str = "float32") -> tuple[list[dict], dict]:
+    """Tensors of a model -> (header entries, {stream: list of arrays}).
+
+    Layers of lowbit.quantization give codes and scales; everything else is stored as ``plain``.
+    """
+    coded = {f"{name}.weight": m for name, m in low_bit_layers(model)}
+    streams: dict[str, list[np.ndarray]] = {}
+    entries = []
+    for name, tensor in model.state_dict().items():
+        if name.endswith((".weight_scale", ".base_scale")):
+            continue  # part of the layer's scale
+        entry: dict = {"name": name, "shape": list(tensor.shape)}
+        layer = coded.get(name)
+        if layer is None:
+            entry["encoding"] = plain
+            array = tensor.detach().cpu().numpy()
+            streams.setdefault(plain, []).append(array.astype(STREAM_DTYPES[plain]).ravel())
+        else:
+            codes, scale = layer.codes_and_scale()
+            kind = layer.mode if isinstance(layer, QATLinear) else "int8"
+            entry["encoding"], entry["scales"] = kind, scale.numel()
+            array = codes.cpu().numpy().astype(np.int8)
+            pack = {"ternary": pack_ternary, "1bit": pack_bits, "int8": np.ravel}[kind]
+            streams.setdefault(kind, []).append(pack(array))
+            bits = scale.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
+            streams.setdefault("scales", []).append(bits.ravel())
+        entries.append(entry)
+    return entries, streams
+
+
+def save_packed(
+    path: str | os.PathLike,
+    model: CausalLM,
+    tokenizer: dict,
+    *,
+    plain: str = "float32",
+    notes: dict | None = None,
+) -> SizeReport:
+    """Write the file, whole or not at all, and say how large it became."""
+    entries, streams = encode_model(model, plain)
+    header = {
+        "format": FORMAT, "version": VERSION, "config": model.config.to_dict(),
+        "tokenizer": tokenizer, "tensors": entries, "notes": notes or {},
+    }  # fmt: skip
+    members: dict[str, np.ndarray] = {
+        "header": np.frombuffer(json.dumps(header, separators=(",", ":")).encode(), np.uint8)
+    }
+    members.update({k: np.concatenate(v) for k, v in streams.items()})
+    atomic_write(path, lambda f: np.savez_compressed(f, allow_pickle=False, **members))
+    with zipfile.ZipFile(path) as z:
+        sizes = {i.filename.removesuffix(".npy"): i.compress_size for i in z.infolist()}
+    weights = {k: sum(math.prod(e["shape"]) for e in entries if e["encoding"] == k) for k in CODED}
+    linear = weights["ternary"] + weights["1bit"]
+    scale_counts = [(e["encoding"], e.get("scales", 0)) for e in entries]
+    share = sum(n for k, n in scale_counts if k != "int8") / max(1, sum(n for _, n in scale_counts))
+    stored = sizes.get("ternary", 0) + sizes.get("1bit", 0) + sizes.get("scales", 0) * share
+    total = sum(math.prod(e["shape"]) for e in entries)
+    return SizeReport(
+        Path(path).stat().st_size, 4 * total, linear, 8 * stored / linear if linear else 0.0
+    )
+
+
+# ------------------------------------------------------------------------------------- the reader
+
+
+def load_packed(path: str | os.PathLike) -> tuple[CausalLM, dict, dict]:
+    """(model with dequantised float32 weights, tokenizer description, notes).
+
+    Sizes are checked against the header before anything of that size is read. Raises UserError
+    for whatever is not a sound file of this format.
+    """
+    try:
+        with zipfile.ZipFile(path) as z:
+            return _read(z, str(path))
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except UserError:
+        raise
+    except Exception as e:  # zip, zlib, JSON, numpy and key errors of damaged files
+        raise UserError(f"{path} is damaged, or not a packed model: {e}") from e
+
+
+def _read(z: zipfile.ZipFile, origin: str) -> tuple[CausalLM, dict, dict]:
+    infos = {i.filename: i for i in z.infolist()}
+    known = {f"{k}.npy" for k in (*STREAM_DTYPES, "header")}
+    if len(infos) != len(z.infolist()) or not set(infos) <= known or "header.npy" not in infos:
+        raise UserError(f"{origin}: not a packed model (its members are not the format's)")
+    if infos["header.npy"].file_size > MAX_HEADER:
+        raise UserError(f"{origin}: header too large")
+    header = json.loads(_member(z, "header", np.uint8, None).tobytes())
+    if header.get("format") != FORMAT or header.get("version") != VERSION:
+        raise UserError(f"{origin}: format {header.get('format')!r} version "
+                        f"{header.get('version')!r}, expected {FORMAT} {VERSION}")  # fmt: skip
+    config = ModelConfig.from_dict(header["config"])
+    if not isinstance(header["tokenizer"], dict) or not isinstance(header["notes"], dict):
+        raise UserError(f"{origin}: tokenizer or notes missing")
+
+    plan: dict[str, int] = {}
+    total = 0
+    for entry in header["tensors"]:
+        kind, shape = entry["encoding"], entry["shape"]
+        if kind not in STREAM_DTYPES or kind == "scales":
+            raise UserError(f"{origin}: unknown encoding {kind!r}")
+        if not all(isinstance(n, int) and 0 < n < 2**31 for n in shape):
+            raise UserError(f"{origin}: bad shape {shape} of {entry['name']}")
+        count = math.prod(shape)
+        total += count
+        per_byte = {"ternary": 5, "1bit": 8}.get(kind, 1)
+        plan[kind] = plan.get(kind, 0) + -(-count // per_byte)
+        if kind in CODED:
+            if len(shape) != 2 or entry["scales"] not in (1, shape[0]):
+                raise UserError(f"{origin}: scales of {entry['name']} do not fit its shape")
+            plan["scales"] = plan.get("scales", 0) + entry["scales"]
+    if total > MAX_WEIGHTS or {f"{k}.npy" for k in plan} | {"header.npy"} != set(infos):
+        raise UserError(f"{origin}: streams do not match the header")
+    for kind, count in plan.items():
+        nbytes = count * np.dtype(STREAM_DTYPES[kind]).itemsize
+        if not nbytes <= infos[f"{kind}.npy"].file_size <= nbytes + 1024:
+            raise UserError(f"{origin}: stream {kind} has the wrong length")
+    streams = {k: _member(z, k, STREAM_DTYPES[k], n) for k, n in plan.items()}
+
+    cursors = dict.fromkeys(streams, 0)
+
+    def take(kind: str, n: int) -> np.ndarray:
+        cursors[kind] += n
+        return streams[kind][cursors[kind] - n : cursors[kind]]
+
+    state = {}
+    for entry in header["tensors"]:
+        kind, shape = entry["encoding"], entry["shape"]
+        count = math.prod(shape)
+        if kind in CODED:
+            n = -(-count // {"ternary": 5, "1bit": 8}.get(kind, 1))
+            unpack = {"ternary": unpack_ternary, "1bit": unpack_bits}.get(kind, lambda a, _: a)
+            codes = unpack(take(kind, n), count).reshape(shape)
+            bits = take("scales", entry["scales"]).astype(np.uint32) << 16
+            scale = bits.view(np.float32).reshape(-1, 1)
+            if not np.isfinite(scale).all() or (scale < 0).any():
+                raise UserError(f"{origin}: a scale of {entry['name']} is negative or not finite")
+            value = codes.astype(np.float32) * scale
+        else:
+            value = take(kind, count).reshape(shape).astype(np.float32)
+        if entry["name"] in state:
+            raise UserError(f"{origin}: tensor {entry['name']} occurs twice")
+        state[entry["name"]] = torch.from_numpy(value)
+    return build_model(config, state, origin), header["tokenizer"], header["notes"]
+
+
+def _member(z: zipfile.ZipFile, name: str, dtype: type, count: int | None) -> np.ndarray:
+    with z.open(f"{name}.npy") as f:
+        version = np.lib.format.read_magic(f)
+        read = {(1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0}[version]  # fmt: skip
+        shape, _, found = read(f)
+        if found != np.dtype(dtype) or len(shape) != 1 or (count is not None and shape != (count,)):
+            raise ValueError(f"member {name}: {found} of shape {shape}")
+        limit = MAX_HEADER if count is None else count * found.itemsize
+        data = f.read(limit + 1)
+        if len(data) != shape[0] * found.itemsize:
+            raise ValueError(f"member {name}: wrong length")
+        return np.frombuffer(data, found)
+
+
+__all__ = [
+    "QATEmbedding", "SizeReport", "load_packed", "pack_bits", "pack_ternary", "save_packed",
+    "unpack_bits", "unpack_ternary",
+]  # fmt: skip

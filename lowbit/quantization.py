@@ -1,0 +1,253 @@
+"""Ternary and 1-bit weights, the straight-through layers that train them, 8-bit embeddings.
+
+A weight matrix (out, in) becomes codes x scale: codes in {-1, 0, 1} or {-1, 1}, one scale a row
+or one for the matrix. Scales are rounded to bfloat16 *in the forward pass*, so that what is
+trained is what is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lowbit.student import LINEAR_NAMES, CausalLM
+
+MODES = ("ternary", "1bit")
+SCOPES = ("row", "tensor")
+
+
+# ---------------------------------------------------------------------- quantisers: pure tensors
+
+
+def mean_magnitude(w: torch.Tensor, scope: str) -> torch.Tensor:
+    """Mean of |w| a row, (out, 1), or of the matrix, (1, 1), without overflow up to 3e38."""
+    dims = (1,) if scope == "row" else (0, 1)
+    count = w.size(1) if scope == "row" else w.numel()
+    return torch.linalg.vector_norm(w, 1, dims, keepdim=True, dtype=torch.float64) / max(count, 1)
+
+
+def round_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The nearest bfloat16, as float32 (exact in float16 too between 2^-14 and 65504)."""
+    top = torch.finfo(torch.bfloat16).max
+    return scale.clamp(-top, top).to(torch.bfloat16).float()
+
+
+def ternary_codes(w: torch.Tensor, scope: str = "row") -> tuple[torch.Tensor, torch.Tensor]:
+    """w (out, in) -> (codes in {-1, 0, 1} of w's dtype, scale (out, 1) or (1, 1) float32).
+
+    Ternary weight networks (arXiv 1605.04711, eq. 5 and 6): zero where |w| <= 0.7 mean|w|, scale =
+    the mean of |w| over what is kept, which is least-squares optimal for these codes.
+    """
+    threshold = 0.7 * mean_magnitude(w, scope)
+    kept = w.abs() > threshold
+    codes = torch.sign(w) * kept
+    dims = (1,) if scope == "row" else (0, 1)
+    total = (w.double() * codes).sum(dims, keepdim=True)
+    return codes, round_scale(total / kept.sum(dims, keepdim=True).clamp_min(1))
+
+
+def sign_codes(w: torch.Tensor, scope: str = "row") -> tuple[torch.Tensor, torch.Tensor]:
+    """w (out, in) -> (codes in {-1, 1}, scale): sign (0 counts as +1) and mean |w|.
+
+    XNOR-Net (arXiv 1603.05279, eq. 6).
+    """
+    return torch.where(w < 0, -1.0, 1.0).to(w.dtype), round_scale(mean_magnitude(w, scope))
+
+
+def byte_codes(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """w (rows, n) -> (codes in -127..127, scale (rows, 1)): symmetric, one scale a row."""
+    scale = round_scale(w.abs().amax(dim=1, keepdim=True) / 127)
+    return (w / torch.where(scale > 0, scale, 1)).round().clamp(-127, 127), scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the quantised weights. Backward: identity (Bengio et al., arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx, w, quantized):  # type: ignore[override]
+        return quantized.view_as(quantized)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        return grad, None
+
+
+class _LearnedScale(torch.autograd.Function):
+    """Learned step size (LSQ, arXiv 1902.08153, eq. 3) for ternary and 1-bit codes.
+
+    dL/dw is zero outside the clipping range (ternary) and straight-through inside; dL/ds is
+    scaled by 1/sqrt(weights a scale).
+    """
+
+    @staticmethod
+    def forward(ctx, w, scale, mode):  # type: ignore[override]
+        u = w / scale
+        codes = u.clamp(-1, 1).round() if mode == "ternary" else torch.where(u < 0, -1.0, 1.0)
+        ctx.save_for_backward(u, codes, scale)
+        ctx.mode = mode
+        return codes * scale
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[override]
+        u, codes, scale = ctx.saved_tensors
+        inside = u.abs() <= 1
+        slope = codes - u * inside if ctx.mode == "ternary" else codes
+        dims = [d for d in range(2) if scale.size(d) == 1]
+        count = u.numel() / scale.numel()
+        d_scale = (grad * slope).sum(dims, keepdim=True) / count**0.5
+        return (grad * inside if ctx.mode == "ternary" else grad), d_scale, None
+
+
+# ---------------------------------------------------------------------------------------- layers
+
+
+class QATLinear(nn.Linear):
+    """A linear layer whose forward pass uses ternary or 1-bit weights; `weight` is the latent.
+
+    With learnable_scale the scale is ``base_scale * weight_scale``: base_scale (a buffer) is the
+    closed-form scale at conversion, weight_scale a parameter that starts at 1.
+    """
+
+    base_scale: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        mode: str = "ternary",
+        scope: str = "row",
+        learnable_scale: bool = False,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        if mode not in MODES or scope not in SCOPES:
+            raise ValueError(f"mode is one of {MODES} and scope one of {SCOPES}")
+        self.mode, self.scope, self.enabled = mode, scope, True
+        if learnable_scale:
+            shape = (out_features, 1) if scope == "row" else (1, 1)
+            self.weight_scale = nn.Parameter(torch.ones(shape))
+            self.register_buffer("base_scale", torch.ones(shape))
+        else:
+            self.register_parameter("weight_scale", None)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mode: str, scope: str, learnable: bool) -> QATLinear:
+        new = cls(linear.in_features, linear.out_features, mode=mode, scope=scope,
+                  learnable_scale=learnable, bias=linear.bias is not None)  # fmt: skip
+        new.weight = linear.weight
+        new.bias = linear.bias
+        new.to(linear.weight.device)
+        if learnable:
+            with torch.no_grad():
+                new.base_scale.copy_(new._closed_form()[1].clamp_min(1e-8))
+        return new
+
+    def _closed_form(self) -> tuple[torch.Tensor, torch.Tensor]:
+        quantize = ternary_codes if self.mode == "ternary" else sign_codes
+        return quantize(self.weight, self.scope)
+
+    def _learned(self) -> torch.Tensor:
+        scale = (self.base_scale * self.weight_scale).abs().clamp_min(1e-8)
+        return scale + (round_scale(scale) - scale).detach()
+
+    @torch.no_grad()
+    def codes_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(codes (out, in), scale (out, 1) or (1, 1)): what the file stores."""
+        if self.weight_scale is None:
+            return self._closed_form()
+        scale = self._learned()
+        if self.mode == "ternary":
+            return (self.weight / scale).clamp(-1, 1).round(), scale
+        return torch.where(self.weight < 0, -1.0, 1.0), scale
+
+    def quantized_weight(self) -> torch.Tensor:
+        """codes x scale (out, in), differentiable in the latent (and the learned scale)."""
+        if not self.enabled:
+            return self.weight
+        if self.weight_scale is not None:
+            return _LearnedScale.apply(self.weight, self._learned(), self.mode)
+        with torch.no_grad():
+            codes, scale = self._closed_form()
+            quantized = codes.mul_(scale)
+        return _StraightThrough.apply(self.weight, quantized)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.quantized_weight(), self.bias)
+
+
+class QATEmbedding(nn.Embedding):
+    """An embedding held in 8 bits a weight, one scale a row, straight-through."""
+
+    enabled = True
+
+    def codes_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return byte_codes(self.weight.detach())
+
+    def quantized_weight(self) -> torch.Tensor:
+        if not self.enabled:
+            return self.weight
+        codes, scale = self.codes_and_scale()
+        return _StraightThrough.apply(self.weight, codes.mul_(scale))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.quantized_weight())
+
+
+# ------------------------------------------------------------------------------------- conversion
+
+
+def quantize_model(
+    model: CausalLM, mode: str, *, scope: str = "row", learnable_scale: bool = False
+) -> CausalLM:
+    """Replace, in place, every linear layer of the blocks by `QATLinear` and the embedding by
+    `QATEmbedding`. Latent parameters keep their names and identity. An untied head becomes a
+    `QATLinear` too only if it is named in LINEAR_NAMES (it is not): it stays float."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if name in LINEAR_NAMES and type(child) is nn.Linear:
+                setattr(module, name, QATLinear.from_linear(child, mode, scope, learnable_scale))
+            elif type(child) is nn.Embedding:
+                new = QATEmbedding(child.num_embeddings, child.embedding_dim, _weight=child.weight)
+                new.weight = child.weight
+                setattr(module, name, new)
+    return model
+
+
+def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear | QATEmbedding]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (QATLinear, QATEmbedding)):
+            yield name, module
+
+
+@contextmanager
+def latent(model: nn.Module) -> Iterator[None]:
+    """Inside, quantised layers use their full-precision latent weights."""
+    layers = [m for _, m in low_bit_layers(model)]
+    for m in layers:
+        m.enabled = False
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.enabled = True
+
+
+@torch.no_grad()
+def snapshot_codes(model: nn.Module) -> dict[str, torch.Tensor]:
+    """int8 codes of every `QATLinear`, to count flips with `count_flips`."""
+    return {
+        n: m.codes_and_scale()[0].to(torch.int8)
+        for n, m in low_bit_layers(model)
+        if isinstance(m, QATLinear)
+    }
+
+
+def count_flips(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
+    """Share of codes that differ."""
+    changed = sum(int((before[n] != after[n]).sum()) for n in after)
+    return changed / max(1, sum(c.numel() for c in after.values()))

@@ -1,0 +1,90 @@
+"""What a person sees of a run: console lines, the CSV and the picture."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit.checkpoint import atomic_write
+
+RULE = "=" * 60
+
+
+def epoch_line(epoch: int, row: dict[str, Any]) -> str:
+    line = f"Epoch {epoch}, Loss: {row['train_loss']:.6f}, LR: {row['lr']:.6f}"
+    if "trust_radius" in row:
+        line += f", Trust Radius: {row['trust_radius']:.6f}"
+    return line
+
+
+def summary_lines(summary: dict[str, Any], *, hybrid: bool) -> list[str]:
+    lines = ["HYBRID OPTIMIZATION SUMMARY" if hybrid else "TRAINING SUMMARY", RULE]
+    lines += [f"Total Steps: {summary['total_steps']}", f"Final Loss: {summary['final_loss']:.6f}"]
+    if hybrid:
+        rate = 100 * summary["constraint_activation_rate"]
+        lines += [
+            f"Avg Learning Rate Multiplier: {summary['avg_lr_multiplier']:.2f}x",
+            f"Constraint Activation Rate: {rate:.1f}%",
+            f"Final Trust Radius: {summary['trust_radius']:.6f}",
+        ]
+    if summary.get("skipped_steps"):
+        lines.append(f"Skipped Steps (loss or gradient not finite): {summary['skipped_steps']}")
+    return [*lines, RULE]
+
+
+def write_csv(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
+    """A row an epoch, whole file or nothing. Floats are written with 9 significant digits."""
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names, restval="")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
+    return atomic_write(path, lambda f: f.write(text.getvalue().encode()))
+
+
+def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]], teacher: float) -> Path:
+    """Losses, step control and clusters over epochs, three panels. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in rows]
+
+    ax = axes[0]
+    column = next(c for c in ("val_loss_quantized", "val_loss") if any(c in r for r in rows))
+    measured = [(r["epoch"], r[column]) for r in rows if column in r]
+    ax.plot(epochs, [r["train_ce"] for r in rows], color="0.6", label="student, training text")
+    ax.plot(*zip(*measured, strict=True), marker="o", ms=3, label=f"{'quantised ' * (column != 'val_loss')}student, validation")
+    ax.axhline(teacher, color="black", ls="--", lw=1, label="teacher, validation")
+    ax.set(xlabel="epoch", ylabel="cross-entropy, nats a byte", title="Loss")
+    ax.legend()
+
+    ax = axes[1]
+    ax.plot(epochs, [r["lr"] for r in rows], label="learning rate, mean of the epoch")
+    if "trust_radius" in rows[0]:
+        ax.plot(epochs, [r["trust_radius"] for r in rows], label="trust radius, end of the epoch")
+    if any(r.get("code_flips") for r in rows):
+        ax.plot(epochs, [r["code_flips"] for r in rows], label="share of codes that flipped")
+    ax.set(xlabel="epoch", yscale="log", title="Step control")
+    ax.legend()
+
+    ax = axes[2]
+    clusters = [k for k in rows[0] if k.startswith("kl_cluster_")]
+    for name in clusters or ["train_kl"]:
+        label = name.removeprefix("kl_").replace("_", " ") if clusters else "all"
+        ax.plot(epochs, [r[name] for r in rows], lw=1.2, label=label)
+    ax.set(xlabel="epoch", ylabel="nats a byte", yscale="log",
+           title="KL to the teacher, training text")  # fmt: skip
+    ax.legend(ncol=2, fontsize=8)
+    for ax in axes:
+        ax.grid(alpha=0.25)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    return atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
