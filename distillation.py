@@ -275,14 +275,20 @@ def validate(
 # ------------------------------------------------------------------------------------- the run
 
 
-def train(s: Setup, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All epochs. Returns the metric rows (one an epoch) and the summary."""
+def train(
+    s: Setup, say: Callable[[str], None], *, cluster_batches: bool = False
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """All epochs. Returns the metric rows (one an epoch) and the summary.
+
+    cluster_batches gives a run without --hybrid the cluster-balanced batches (for comparisons).
+    """
     o = s.options
     everything = np.zeros(len(s.corpus.train), dtype=int)
     clusters = everything
     manager = make_manager(s) if o.hybrid else None
-    if manager and o.use_clustering:
-        clusters = manager.setup_data_clustering(s.corpus.train.astype(np.int64))
+    if cluster_batches or (manager and o.use_clustering):
+        clusterer = manager or make_manager(s)
+        clusters = clusterer.setup_data_clustering(s.corpus.train.astype(np.int64))
     if manager:
         parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
         if o.use_auxiliary_nn:
@@ -295,10 +301,10 @@ def train(s: Setup, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], d
     codes = snapshot_codes(s.student)
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
-    t = skipped = 0
+    t = 0
     with tqdm(total=s.max_steps, unit="step", file=sys.stderr, leave=False) as bar:
         for epoch in range(o.epochs):
-            if epoch == (o.clustering_warmup_epochs if manager else 0) and clusters.any():
+            if epoch == o.clustering_warmup_epochs and clusters.any():
                 sampler = StratifiedSampler(clusters, o.batch_size, o.seed)
             results, picked = [], []
             left = o.samples_per_epoch or len(s.corpus.train)
@@ -341,7 +347,7 @@ def train(s: Setup, say: Callable[[str], None]) -> tuple[list[dict[str, Any]], d
             row["seconds"] = time.perf_counter() - started
             rows.append(row)
             say(epoch_line(epoch, row))
-    summary = manager.get_summary() if manager else {"total_steps": t, "skipped_steps": skipped}
+    summary = manager.get_summary() if manager else {"total_steps": t}
     summary["final_loss"] = rows[-1]["train_loss"]
     return rows, summary
 

@@ -76,13 +76,17 @@ def _number(low: float, high: float, *, open_low: bool = False) -> Callable[[Any
     def check(x: Any) -> bool:
         if isinstance(x, bool) or not isinstance(x, (int, float, np.integer, np.floating)):
             return False
-        return (low < x if open_low else low <= x) and x <= high and math.isfinite(x)
+        above = low < x if open_low else low <= x
+        return bool(above and x <= high and math.isfinite(x))
 
     return check
 
 
 def _integer(low: int) -> Callable[[Any], bool]:
-    return lambda x: isinstance(x, (int, np.integer)) and not isinstance(x, bool) and x >= low
+    def check(x: Any) -> bool:
+        return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(x >= low)
+
+    return check
 
 
 def _flag(x: Any) -> bool:
@@ -520,7 +524,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     square of the proposed entries is up to 2 % of the weights'. Vectors move as in Adam.
 
     Region. For each parameter cluster c the proposal d_c, decay included, is cut to
-    ||d_c||_2 <= mu_c ||Theta_c||_2. A cluster whose step was cut shrinks its region, one whose
+    ||d_c||_2 <= mu_c ||Theta_c||_2 (||Theta_c|| at least a tenth of a usual start's, so that
+    weights that start at zero can leave it). A cluster whose step was cut shrinks its region, one whose
     step was not grows it; around that a slow recentring follows the length of proposals, so that
     about ``active_share`` of the steps are cut.
 
@@ -656,7 +661,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         params: list[Tensor] = []
         directions: list[Tensor] = []
         lengths: list[float] = []  # lr x gain of each parameter
-        floors: list[float] = []  # smallest root mean square to be relative to
+        absolute: list[bool] = []  # the length is not relative to the parameter's size
+        floors: list[float] = []  # a tenth of the root mean square of a usual start
         decays: list[float] = []
         clusters: list[int] = []
         first = self.param_groups[0] if self.param_groups else self.defaults
@@ -667,10 +673,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 kind = group["kind"] or parameter_kind("", p, set(), None)
                 directions.append(self._direction(p, kind, group, len(params)))
                 params.append(p)
-                relative = kind != "vector"
                 lr = group["lr"] * scale
-                lengths.append(lr * (self.RELATIVE_GAIN if relative else 1.0))
-                floors.append(0.1 / math.sqrt(p[0].numel()) if relative else 1.0)
+                vector = kind == "vector"
+                lengths.append(lr * (1.0 if vector else self.RELATIVE_GAIN))
+                absolute.append(vector)
+                floors.append(0.1 if vector else 0.1 / math.sqrt(p[0].numel()))
                 decays.append(lr * group["weight_decay"])
                 clusters.append(cluster)
         if not params:
@@ -680,8 +687,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         sizes = torch.tensor([p.numel() for p in params], device=device).sqrt()
         norms = torch.stack([n.to(device) for n in torch._foreach_norm(params)]).float()
         floor = torch.tensor(floors, device=device)
-        relative_to = torch.where(floor == 1.0, floor, torch.maximum(norms / sizes, floor))
-        length = torch.tensor(lengths, device=device) * relative_to
+        own = torch.maximum(norms / sizes, floor)
+        own = torch.where(torch.tensor(absolute, device=device), torch.ones_like(own), own)
+        length = torch.tensor(lengths, device=device) * own
         if any(decays):
             share = torch.tensor(decays, device=device) / length.clamp_min(1e-30)
             for d, p, w in zip(directions, params, share, strict=True):
@@ -691,10 +699,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         index = torch.tensor(clusters, device=device)
         region = self._region
         count = len(region["centre"])
-        total = torch.zeros(count, device=device).index_add(0, index, proposed**2).sqrt()
-        weight = torch.zeros(count, device=device)
-        weight = weight.index_add(0, index, torch.maximum(norms, floor * sizes * (floor < 1)) ** 2)
-        weight = weight.sqrt()
+
+        def over_cluster(x: Tensor) -> Tensor:  # root of the sum of squares, (C,)
+            return torch.zeros(count, device=device).index_add(0, index, x**2).sqrt()
+
+        total = over_cluster(proposed)
+        # ||Theta_c||; a cluster that starts at zero could never move, so the floor stands in.
+        weight = torch.maximum(over_cluster(norms), over_cluster(floor * sizes))
         cut = torch.ones(count, device=device)
         active = torch.zeros(count, dtype=torch.bool, device=device)
         low, high = RADIUS_RANGE
@@ -744,7 +755,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     def _direction(self, p: Tensor, kind: str, group: dict[str, Any], order: int) -> Tensor:
         """The unit-scale direction of p (its negative is a descent direction), same shape."""
         state = self.state[p]
-        g = p.grad.float() if p.grad.dtype != torch.float32 else p.grad
+        assert p.grad is not None
+        g = p.grad.float()
         if not state:
             state["step"] = 0
             state["mean"] = torch.zeros_like(p, dtype=torch.float32)
@@ -810,9 +822,9 @@ class HybridOptimizationManager:
     A loss or a gradient that is not finite skips the step and changes nothing.
     """
 
-    KAPPA_RATE = 0.1
-    KAPPA_TARGET = 0.5
-    MULTIPLIER_GAIN = 0.1  # decades of target correction a step, at most
+    KAPPA_RATE = 0.1  # of the running means whose ratio is kappa
+    KAPPA_TARGET = -0.1  # where the best fixed rates sat; see EXPERIMENTS.md
+    LARGEST_WISH = 0.1  # decades a step
 
     def __init__(self, config: HybridTrainingConfig | None = None) -> None:
         self.config = c = config if config is not None else HybridTrainingConfig()
@@ -835,6 +847,9 @@ class HybridOptimizationManager:
         self._norm = _Running(0.05)
         self._descent, self._curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
         self._promised: float | None = None  # <g_t, s_t> of the newest step
+        self.kappa = 0.0
+        self._multiplier = 1.0
+        self._share = 1.0  # of the peak rate, by the schedule, at the newest step
         self._cluster_loss: dict[int, _Running] = {}
         self._rng = np.random.default_rng(c.seed)
         self._orders: dict[int, np.ndarray] = {}
@@ -980,9 +995,10 @@ class HybridOptimizationManager:
         c = self.config
         state = self.compute_training_state(value, magnitude, cluster_id, step)
         multiplier, shift = self._guide(state, advise)
+        self._share = 1.0 if base_lr is not None else self.schedule(step)
         rates = self.cluster_rates(step)
         rate = float(rates[cluster_id]) if 0 <= cluster_id < len(rates) else 1.0
-        base = base_lr if base_lr is not None else c.base_learning_rate * self.schedule(step)
+        base = base_lr if base_lr is not None else c.base_learning_rate * self._share
         lr = base * multiplier * rate
         if advise:
             return self._record(value, lr, multiplier, 0.0, False, magnitude, 0.0, rate)
@@ -1000,23 +1016,29 @@ class HybridOptimizationManager:
         )  # fmt: skip
 
     def _guide(self, state: TrainingState, advise: bool) -> tuple[float, float]:
-        """Teach the network what the last step showed, then ask it about this one."""
+        """Teach the network what the last step showed, then ask it about this one.
+
+        With s the last step, a = <g_before, s> and b = <g_after, s> (running means), kappa = b/a
+        says how much of the promised descent is still there after the step: 1 for a tiny step, 0
+        at the minimum along it, negative beyond. On a quadratic 1 - kappa is proportional to the
+        step's length, so moving kappa to KAPPA_TARGET asks for the multiplier
+        m (1 - KAPPA_TARGET) / (1 - kappa).
+        """
         net = self.auxiliary_nn
         if not self.config.use_auxiliary_nn:
             return 1.0, 0.0
         if not advise and self._promised is not None:
-            found = float(self.constrained_opt.slope())
+            target = None
             a = self._descent.update(self._promised)
-            b = self._curved.update(found)
-            last = self.metrics_history[-1] if self.metrics_history else {}
-            self.kappa = b / a if a < 0 else 0.0
-            wish = math.log10(
-                (1 - self.KAPPA_TARGET) / min(max(1 - self.kappa, 0.01), 10.0)
-            )
-            wish = min(max(wish, -self.MULTIPLIER_GAIN), self.MULTIPLIER_GAIN)
-            residual = self.constrained_opt.proposal_log10
-            net.learn(math.log10(last.get("lr_multiplier", 1.0)) + wish, residual)
-        return net.predict(state)
+            b = self._curved.update(float(self.constrained_opt.slope()))
+            if a < 0 and self._share > 0.5:  # below, the schedule anneals: leave it alone
+                self.kappa = b / a
+                wish = math.log10((1 - self.KAPPA_TARGET) / min(max(1 - self.kappa, 0.1), 10.0))
+                wish = min(max(wish, -self.LARGEST_WISH), self.LARGEST_WISH)
+                target = math.log10(self._multiplier) + wish
+            net.learn(target, self.constrained_opt.proposal_log10)
+        self._multiplier, shift = net.predict(state)
+        return self._multiplier, shift
 
     def _record(
         self, loss: float, lr: float, multiplier: float, update: float, active: bool,
@@ -1088,7 +1110,7 @@ class HybridOptimizationManager:
             rows.append(
                 [4.0 * (kind == k) for k in kinds]
                 + [math.log10(p.numel()), math.log10(len(p) / (p.numel() / len(p)))]
-                + [math.log10(max(x, 1e-12)) if math.isfinite(x) else 0.0 for x in logs]
+                + [math.log10(max(x, 1e-6)) if math.isfinite(x) else 0.0 for x in logs]
             )
         features = np.array(rows)
         scale = features[:, len(kinds) :].std(0)
@@ -1132,7 +1154,7 @@ class HybridOptimizationManager:
 
     _PLAIN = (
         "trust_radius", "data_labels", "parameter_labels", "metrics_history", "skipped_steps",
-        "consecutive_skips", "_promised", "_orders",
+        "consecutive_skips", "_promised", "_orders", "kappa", "_multiplier", "_share",
     )  # fmt: skip
     _AVERAGES = ("_fast", "_slow", "_norm", "_descent", "_curved")
 

@@ -16,6 +16,7 @@ from lowbit.student import CausalLM, ModelConfig
 
 FORMAT = "lowbit-float32"
 VERSION = 1
+MAX_POSITIONS = 1 << 17
 
 
 def prepare_folder(folder: str | os.PathLike) -> Path:
@@ -54,10 +55,27 @@ def _umask() -> int:
     return mask
 
 
+def read_config(values: object, origin: str) -> ModelConfig:
+    try:
+        return ModelConfig.from_dict(values)
+    except UserError as e:
+        raise UserError(f"{origin}: {e}") from e
+
+
 def build_model(config: ModelConfig, state: dict[str, torch.Tensor], origin: str) -> CausalLM:
-    """A model from named float tensors; names and shapes must match exactly."""
-    model = CausalLM(config)
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    """A model from named float tensors; names and shapes must match exactly.
+
+    They are compared before memory for the model is taken.
+    """
+    if config.num_hidden_layers > len(state) or config.max_position_embeddings > MAX_POSITIONS:
+        raise UserError(
+            f"{origin}: more layers than tensors, or more than {MAX_POSITIONS} positions"
+        )
+    try:
+        with torch.device("meta"):
+            expected = {k: tuple(v.shape) for k, v in CausalLM(config).state_dict().items()}
+    except (RuntimeError, OverflowError) as e:  # sizes beyond 64 bits
+        raise UserError(f"{origin}: impossible sizes in the model config") from e
     found = {k: tuple(v.shape) for k, v in state.items()}
     if expected != found:
         odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
@@ -65,6 +83,7 @@ def build_model(config: ModelConfig, state: dict[str, torch.Tensor], origin: str
     for name, value in state.items():
         if not bool(torch.isfinite(value).all()):
             raise UserError(f"{origin}: tensor {name} holds values that are not finite")
+    model = CausalLM(config)
     model.load_state_dict({k: v.float() for k, v in state.items()})
     return model
 
@@ -98,7 +117,19 @@ def load_float32(path: str | os.PathLike) -> tuple[CausalLM, dict]:
     state, tokenizer = payload.get("state_dict"), payload.get("tokenizer")
     if not isinstance(state, dict) or not isinstance(tokenizer, dict):
         raise UserError(f"{path}: members missing")
-    if not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path}: state_dict holds something that is not a tensor")
-    config = ModelConfig.from_dict(payload.get("config"))
+    for name, v in state.items():
+        if not isinstance(name, str) or not _is_plain(v):
+            raise UserError(f"{path}: state_dict holds something that is not a plain tensor")
+    config = read_config(payload.get("config"), str(path))
     return build_model(config, state, str(path)), tokenizer
+
+
+def _is_plain(value: object) -> bool:
+    """A dense floating-point tensor that owns all its elements."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.is_floating_point()
+        and value.is_contiguous()
+    )

@@ -71,7 +71,7 @@ def cached_stdlib_documents() -> list[Document]:
     path = Path(base, "apl-hybrid", name)
     try:
         return [(str(n), str(t)) for n, t in json.loads(path.read_text("utf-8"))]
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         documents = stdlib_documents()
     try:  # a cache that can't be written only costs time
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ def read_documents(paths: Sequence[str]) -> list[Document]:
     documents: list[Document] = []
     for given in paths:
         path = Path(given)
-        if not path.exists():
+        if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             raise UserError(f"--data: no such file or folder: {given}")
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
@@ -130,10 +130,14 @@ def _read_file(path: Path) -> list[Document]:
         try:
             record = json.loads(line)
             value = record["text"]
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise UserError(f'--data: {path} line {n}: expected {{"text": "..."}}') from e
         if not isinstance(value, str):
             raise UserError(f"--data: {path} line {n}: text is not a string")
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as e:
+            raise UserError(f"--data: {path} line {n}: text holds half a surrogate pair") from e
         documents.append((f"{path}:{n}", value))
     return documents
 
@@ -247,6 +251,9 @@ class StratifiedSampler:
     proportion to their sizes; what rounding takes from a cluster in one batch it gets in a later
     one (error diffusion), so the objective stays the plain mean over windows while the
     between-cluster variance of a batch is removed. A cluster that is used up is reshuffled.
+    After n places each of K clusters has had its share of n, give or take 1 - 1 / (2K - 2): every
+    place goes to the cluster that would soonest pass this bound (Tijdeman, The chairman
+    assignment problem, 1980).
 
     labels: cluster of each window, shape (n,). One cluster for all is plain shuffling.
     """
@@ -263,13 +270,14 @@ class StratifiedSampler:
     def next_batch(self, size: int | None = None) -> np.ndarray:
         """Indices of the next windows, shape (size,), the batch size by default."""
         size = self.batch_size if size is None else size
-        self.credit += self.share * size
-        counts = np.maximum(np.floor(self.credit), 0).astype(int)
-        while counts.sum() > size:
-            counts[np.argmin(np.where(counts > 0, self.credit - counts, np.inf))] -= 1
-        while counts.sum() < size:
-            counts[np.argmax(self.credit - counts)] += 1
-        self.credit -= counts
+        slack = 1 / max(2, 2 * len(self.members) - 2)
+        counts = np.zeros(len(self.members), int)
+        for _ in range(size):
+            self.credit += self.share
+            time_left = (1 - slack - self.credit) / self.share
+            k = np.argmin(np.where(self.credit >= slack - 1e-9, time_left, np.inf))
+            self.credit[k] -= 1
+            counts[k] += 1
         batch = np.concatenate([self._take(k, n) for k, n in enumerate(counts)])
         return self.rng.permutation(batch)
 

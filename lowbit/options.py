@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lowbit import UserError
 from lowbit.student import STUDENT_SIZES
@@ -30,18 +30,19 @@ class Parser(argparse.ArgumentParser):
 
 def _number(
     kind: type, low: float, high: float = math.inf, *, open_low: bool = False
-) -> Callable[[str], float]:
+) -> Callable[[str], Any]:
     above = f"above {low:g}" if open_low else f"at least {low:g}"
     range_ = above + (f" and at most {high:g}" if high < math.inf else "")
     noun = "a whole number" if kind is int else "a number"
 
     def parse(text: str) -> float:
         try:
-            value = kind(text)
+            value: Any = kind(text)
         except ValueError:
             value = math.nan
-        good = math.isfinite(value) and value <= high and (value > low if open_low else value >= low)
-        if not good or abs(value) > 2**53:
+        good = abs(value) <= 2**53  # false for nan and inf too
+        good = good and value <= high and (value > low if open_low else value >= low)
+        if not good:
             raise argparse.ArgumentTypeError(f"expected {noun} {range_}, not {text!r}")
         return value
 
@@ -109,7 +110,7 @@ def make_parser() -> Parser:
 
     g = parser.add_argument_group("hybrid optimisation")
     g.add_argument("--hybrid", action="store_true", help="use the hybrid optimiser")
-    switch = dict(nargs="?", const=True, type=_boolean, metavar="true|false")
+    switch: dict[str, Any] = dict(nargs="?", const=True, type=_boolean, metavar="true|false")
     g.add_argument("--use_clustering", help="balance batches over clusters, cluster rates (true)",
                    **switch)  # fmt: skip
     g.add_argument("--data_clusters", type=count, metavar="N", help="clusters of windows (8)")
@@ -132,7 +133,7 @@ def make_parser() -> Parser:
     return parser
 
 
-HYBRID_DEFAULTS = {
+HYBRID_DEFAULTS: dict[str, Any] = {
     "use_clustering": True, "data_clusters": 8, "param_clusters": 4,
     "clustering_warmup_epochs": 0, "use_auxiliary_nn": True, "use_trust_region": True,
     "initial_trust_radius": 0.01, "trust_radius_adaptation": True,

@@ -27,9 +27,9 @@ import numpy as np
 import torch
 
 from lowbit import UserError
-from lowbit.checkpoint import atomic_write, build_model
+from lowbit.checkpoint import atomic_write, build_model, read_config
 from lowbit.quantization import QATEmbedding, QATLinear, low_bit_layers
-from lowbit.student import CausalLM, ModelConfig
+from lowbit.student import CausalLM
 
 FORMAT = "lowbit-packed"
 VERSION = 1
@@ -124,13 +124,18 @@ def encode_model(model: CausalLM, plain: str = "float32") -> tuple[list[dict], d
         if layer is None:
             entry["encoding"] = plain
             array = tensor.detach().cpu().numpy()
-            streams.setdefault(plain, []).append(array.astype(STREAM_DTYPES[plain]).ravel())
+            array = array.astype(STREAM_DTYPES[plain]).ravel()
+            if not np.isfinite(array).all():
+                raise UserError(f"cannot pack {name}: a value is not finite in {plain}")
+            streams.setdefault(plain, []).append(array)
         else:
             codes, scale = layer.codes_and_scale()
             kind = layer.mode if isinstance(layer, QATLinear) else "int8"
+            if not bool(torch.isfinite(layer.weight).all() & torch.isfinite(scale).all()):
+                raise UserError(f"cannot pack {name}: a weight or scale is not finite")
             entry["encoding"], entry["scales"] = kind, scale.numel()
             array = codes.cpu().numpy().astype(np.int8)
-            pack = {"ternary": pack_ternary, "1bit": pack_bits, "int8": np.ravel}[kind]
+            pack = {"ternary": pack_ternary, "1bit": pack_bits}.get(kind, np.ravel)
             streams.setdefault(kind, []).append(pack(array))
             bits = scale.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
             streams.setdefault("scales", []).append(bits.ravel())
@@ -156,7 +161,7 @@ def save_packed(
         "header": np.frombuffer(json.dumps(header, separators=(",", ":")).encode(), np.uint8)
     }
     members.update({k: np.concatenate(v) for k, v in streams.items()})
-    atomic_write(path, lambda f: np.savez_compressed(f, allow_pickle=False, **members))
+    atomic_write(path, lambda f: np.savez_compressed(f, **members))
     with zipfile.ZipFile(path) as z:
         sizes = {i.filename.removesuffix(".npy"): i.compress_size for i in z.infolist()}
     weights = {k: sum(math.prod(e["shape"]) for e in entries if e["encoding"] == k) for k in CODED}
@@ -201,7 +206,7 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[CausalLM, dict, dict]:
     if header.get("format") != FORMAT or header.get("version") != VERSION:
         raise UserError(f"{origin}: format {header.get('format')!r} version "
                         f"{header.get('version')!r}, expected {FORMAT} {VERSION}")  # fmt: skip
-    config = ModelConfig.from_dict(header["config"])
+    config = read_config(header["config"], origin)
     if not isinstance(header["tokenizer"], dict) or not isinstance(header["notes"], dict):
         raise UserError(f"{origin}: tokenizer or notes missing")
 

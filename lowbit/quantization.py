@@ -68,11 +68,11 @@ class _StraightThrough(torch.autograd.Function):
     """Forward: the quantised weights. Backward: identity (Bengio et al., arXiv 1308.3432)."""
 
     @staticmethod
-    def forward(ctx, w, quantized):  # type: ignore[override]
+    def forward(ctx, w, quantized):
         return quantized.view_as(quantized)
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         return grad, None
 
 
@@ -84,15 +84,15 @@ class _LearnedScale(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, w, scale, mode):  # type: ignore[override]
+    def forward(ctx, w, scale, mode):
         u = w / scale
-        codes = u.clamp(-1, 1).round() if mode == "ternary" else torch.where(u < 0, -1.0, 1.0)
+        codes = u.clamp(-1, 1).round() if mode == "ternary" else torch.where(w < 0, -1.0, 1.0)
         ctx.save_for_backward(u, codes, scale)
         ctx.mode = mode
         return codes * scale
 
     @staticmethod
-    def backward(ctx, grad):  # type: ignore[override]
+    def backward(ctx, grad):
         u, codes, scale = ctx.saved_tensors
         inside = u.abs() <= 1
         slope = codes - u * inside if ctx.mode == "ternary" else codes

@@ -178,6 +178,9 @@ class Output:
 class CausalLM(nn.Module):
     """The decoder with its head: ids (B, T) -> logits (B, T, V)."""
 
+    cos: torch.Tensor  # (max_position_embeddings, D)
+    sin: torch.Tensor
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -231,5 +234,5 @@ class CausalLM(nn.Module):
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
         embedding = self.model.embed_tokens
-        quantized = getattr(embedding, "quantized_weight", None)
-        return F.linear(x, embedding.weight if quantized is None else quantized())
+        tied = getattr(embedding, "quantized_weight", None)  # lowbit.quantization.QATEmbedding
+        return F.linear(x, tied() if callable(tied) else embedding.weight)

@@ -6,6 +6,7 @@ and shipped as float16 in the packed format.
 
 from __future__ import annotations
 
+import os
 from importlib import resources
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def load_teacher(spec: str, tokenizer: ByteTokenizer) -> CausalLM:
     Raises UserError where the file is unsound or its vocabulary is not the student's.
     """
     path = embedded_teacher() if spec == "embedded" else Path(spec)
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, False for a name that is too long
         raise UserError(f"--teacher: no such file: {spec} (or use the default: embedded)")
     if path.suffix == ".npz":
         model, vocabulary, _ = load_packed(path)

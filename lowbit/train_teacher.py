@@ -53,7 +53,7 @@ def train(
     """
     model = CausalLM(config).initialise(seed).to(device)
     for layer in model.model.layers:
-        layer.dropout = dropout
+        layer.dropout = dropout  # type: ignore[assignment]
     optimizer = ConstrainedOptimizer(model, lr=lr, weight_decay=weight_decay)
     warmup = max(1, steps // 50)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -62,7 +62,7 @@ def train(
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     data = torch.from_numpy(tokens.astype(np.int64)).to(device)
-    best, best_loss, curve, running = model.state_dict(), float("inf"), [], 0.0
+    best, best_loss, curve = model.state_dict(), float("inf"), []
     started = time.time()
     for step in range(1, steps + 1):
         starts = torch.from_numpy(rng.integers(0, len(tokens) - CONTEXT - 1, batch)).to(device)

@@ -1,0 +1,645 @@
+"""The optimiser framework: its API contract, the constrained step and what the network learns."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_optimization import (
+    AuxiliaryNeuralNetwork,
+    ConstrainedOptimizer,
+    HybridOptimizationManager,
+    HybridTrainingConfig,
+    KMeansClustering,
+    TrainingState,
+    create_hybrid_optimizer,
+    get_default_config,
+    inverse_square_root,
+    named_kinds,
+    schedule_factor,
+    text_features,
+)
+
+
+def make_net(seed: int = 0) -> nn.Module:
+    """A model that is not ours: convolution, normalisation, embedding-free, with biases."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LayerNorm(4 * 36), nn.Linear(4 * 36, 16),
+        nn.GELU(), nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def digits(n: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images[:n] / 16, dtype=torch.float32)
+    return images[:, None], torch.tensor(data.target[:n])
+
+
+def backward(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def state(loss: float = 1.0, step: int = 0, norm: float = 1.0) -> TrainingState:
+    return TrainingState(loss, norm, 0, 0.0, 0.0, step)
+
+
+# ---------------------------------------------------------------------------- API contract
+
+
+def test_training_state_features_are_in_order():
+    s = TrainingState(1.0, 2.0, 3, 4.0, 5.0, 6)
+    assert s.to_features().shape == (1, 6)
+    assert s.to_features()[0].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_config_defaults_are_the_documented_ones():
+    want = dict(
+        use_quantization=True, quantizer_scale=1.0, target_bits=1.58, use_clustering=True,
+        data_clusters=8, parameter_clusters=4, use_auxiliary_nn=True, auxiliary_nn_hidden_size=16,
+        auxiliary_nn_learning_rate=1e-3, use_trust_region=True, initial_trust_radius=0.01,
+        trust_radius_adaptation=True, base_learning_rate=1e-3, max_steps=1000, batch_size=32,
+        momentum=0.9, weight_decay=1e-5, log_interval=10, eval_interval=50,
+    )  # fmt: skip
+    config = get_default_config()
+    assert {k: getattr(config, k) for k in want} == want
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data_clusters", -1), ("data_clusters", 2.5), ("parameter_clusters", 0),
+        ("base_learning_rate", float("nan")), ("base_learning_rate", 0.0),
+        ("initial_trust_radius", 0), ("initial_trust_radius", 2), ("target_bits", 3),
+        ("momentum", 1.0), ("weight_decay", -1e-9), ("weight_decay", float("inf")),
+        ("max_steps", 0), ("use_trust_region", "yes"), ("lr_schedule", "zigzag"),
+        ("quantizer_scale", -1.0), ("auxiliary_nn_hidden_size", True),
+    ],
+)  # fmt: skip
+def test_config_refuses_nonsense_by_name(field, value):
+    with pytest.raises(ValueError, match=field):
+        HybridTrainingConfig(**{field: value})
+    config = HybridTrainingConfig()
+    with pytest.raises(ValueError, match=field):
+        setattr(config, field, value)
+    assert getattr(config, field) == getattr(HybridTrainingConfig(), field)
+
+
+def test_config_fields_can_be_set_later():
+    config = HybridTrainingConfig()
+    config.initial_trust_radius = 0.1
+    assert create_hybrid_optimizer(config).trust_radius == 0.1
+
+
+STEP_KEYS = {
+    "loss", "learning_rate", "lr_multiplier", "trust_radius", "update_magnitude",
+    "constraint_active", "gradient_magnitude",
+}  # fmt: skip
+SUMMARY_KEYS = {
+    "final_loss", "metrics_history", "trust_radius", "total_steps", "avg_lr_multiplier",
+    "constraint_activation_rate",
+}  # fmt: skip
+
+
+def test_flat_gradients_update_every_parameter():
+    """Calling habit 1, the flat concatenation in model.parameters() order."""
+    model, (x, y) = make_net(), digits()
+    manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=10))
+    before = [p.detach().clone() for p in model.parameters()]
+    for step in range(3):
+        loss = backward(model, x, y)
+        flat = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad()
+        info = manager.optimization_step(
+            model=model, loss=loss, gradients=flat, cluster_id=step % 8, step=step
+        )
+    assert info.keys() >= STEP_KEYS
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert manager.get_summary().keys() >= SUMMARY_KEYS
+    assert manager.get_summary()["total_steps"] == 3
+
+
+def test_flat_gradients_equal_own_gradients():
+    a, b, (x, y) = make_net(), make_net(), digits()
+    one, two = HybridOptimizationManager(), HybridOptimizationManager()
+    for step in range(3):
+        one.optimization_step(a, backward(a, x, y), None, 0, step)
+        loss = backward(b, x, y)
+        flat = torch.cat([p.grad.flatten() for p in b.parameters()])
+        two.optimization_step(b, loss, flat, 0, step)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_gradient_norm_only_advises(as_tensor):
+    """Calling habit 2: the caller steps an optimiser of its own."""
+    model, (x, y) = make_net(), digits()
+    manager = HybridOptimizationManager()
+    before = copy.deepcopy(model.state_dict())
+    norm = torch.tensor(3.0) if as_tensor else 3.0
+    info = manager.optimization_step(
+        model=model, loss=1.5, gradients=norm, cluster_id=0, step=100, base_lr=0.01
+    )
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert info["gradient_magnitude"] == 3.0
+    assert info["learning_rate"] == pytest.approx(0.01)
+    assert info["update_magnitude"] == 0
+
+
+def test_wrong_length_of_gradients_is_refused():
+    with pytest.raises(ValueError, match="entries"):
+        HybridOptimizationManager().optimization_step(make_net(), 1.0, torch.ones(7), 0, 0)
+
+
+def test_training_on_digits_learns():
+    model, (x, y) = make_net(), digits(512)
+    manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=60))
+    first = float(backward(model, x, y))
+    for step in range(60):
+        manager.optimization_step(model, backward(model, x, y), None, 0, step)
+    assert float(backward(model, x, y)) < 0.2 * first
+
+
+def test_get_cluster_batch_knows_its_indices():
+    data = torch.arange(100.0)[:, None] % 10
+    manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=4))
+    labels = manager.setup_data_clustering(data)
+    batch, indices = manager.get_cluster_batch(data, 7, 2, return_indices=True)
+    assert torch.equal(batch, data[torch.from_numpy(indices)])
+    assert (labels[indices] == 2).all()
+    assert torch.is_tensor(manager.get_cluster_batch(data, 7, 2))
+
+
+def test_a_cluster_is_walked_without_replacement():
+    data = np.random.default_rng(0).normal(size=(60, 3))
+    manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=3))
+    labels = manager.setup_data_clustering(data)
+    size = int((labels == 0).sum())
+    seen = [int(i) for _ in range(size)
+            for i in manager.get_cluster_batch(data, 1, 0, return_indices=True)[1]]  # fmt: skip
+    assert sorted(seen) == np.flatnonzero(labels == 0).tolist()
+
+
+def test_token_ids_are_symbols_not_numbers():
+    """Relabelling the vocabulary leaves the clusters' quality: texts from two alphabets part."""
+    rng = np.random.default_rng(0)
+    a = rng.choice([1, 200, 17], size=(40, 64))
+    b = rng.choice([2, 199, 18], size=(40, 64))
+    manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=2))
+    labels = manager.setup_data_clustering(torch.tensor(np.concatenate([a, b])))
+    assert len(set(labels[:40])) == 1
+    assert len(set(labels[40:])) == 1
+    assert labels[0] != labels[-1]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_more_clusters_than_samples(n):
+    manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=8))
+    labels = manager.setup_data_clustering(torch.randint(0, 256, (n, 32)))
+    assert len(labels) == n
+    for k in range(8):
+        assert len(manager.get_cluster_batch(torch.zeros(n), 3, k)) == 3
+
+
+def test_duplicates_only():
+    assert text_features(np.zeros((10, 16), int)).shape[0] == 10
+    manager = HybridOptimizationManager()
+    assert set(manager.setup_data_clustering(np.zeros((50, 16), int))) == {0}
+
+
+# --------------------------------------------------------------------------------- k-means
+
+
+def test_kmeans_attributes_and_prediction():
+    rng = np.random.default_rng(0)
+    X = np.concatenate([rng.normal(m, 0.1, (30, 2)) for m in (0, 5, 10)])
+    model = KMeansClustering(3).fit(X)
+    assert model.centroids.shape == (3, 2)
+    assert (model.predict(X) == model.labels).all()
+    distance = ((X - model.centroids[model.labels]) ** 2).sum()
+    assert model.inertia == pytest.approx(distance)
+    info = model.get_cluster_info(X)
+    assert sum(v["size"] for v in info.values()) == 90
+    for k, v in info.items():
+        np.testing.assert_allclose(v["mean"], X[model.labels == k].mean(0))
+        np.testing.assert_allclose(v["std"], X[model.labels == k].std(0))
+
+
+@pytest.mark.parametrize("X", [np.empty((0, 3)), np.array([[np.nan, 1.0]]), np.empty(0)])
+def test_kmeans_refuses_empty_and_nan(X):
+    with pytest.raises(ValueError, match="clustering needs"):
+        KMeansClustering(2).fit(X)
+
+
+def test_kmeans_spare_clusters_are_empty():
+    model = KMeansClustering(8).fit(np.array([[0.0], [1.0], [1.0]]))
+    assert model.centroids.shape == (8, 1)
+    assert sorted(v["size"] for v in model.get_cluster_info([[0.0], [1.0]]).values())[-2:] == [1, 1]
+
+
+# ----------------------------------------------------------------------- auxiliary network
+
+
+def test_network_starts_neutral():
+    net = AuxiliaryNeuralNetwork()
+    assert net.predict_learning_rate(state()) == 1.0
+    assert net.predict_trust_region(state()) == pytest.approx(0.01)
+    assert net(torch.zeros(5, 6)).shape == (5, 2)
+
+
+@given(
+    st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=5, max_size=5),
+    st.integers(0, 10**9),
+)
+@settings(max_examples=50, deadline=None)
+def test_predictions_stay_in_range(values, step):
+    net = AuxiliaryNeuralNetwork()
+    with torch.no_grad():
+        net.output.weight.normal_(0, 100)
+    s = TrainingState(values[0], values[1], 3, values[2], values[3], step)
+    assert 0.1 <= net.predict_learning_rate(s) <= 10
+    assert 0.001 <= net.predict_trust_region(s) <= 1
+
+
+def test_broken_network_gives_way():
+    net = AuxiliaryNeuralNetwork()
+    with torch.no_grad():
+        net.output.bias.fill_(float("nan"))
+    assert net.predict_learning_rate(state()) == 1.0
+
+
+@pytest.mark.parametrize("best", [0.3, 1.0, 4.0])
+def test_feedback_learns_the_best_multiplier(best):
+    """f = h x^2 / 2 and a base rate eta: the improvement of a step is largest at m = 1 / (eta h),
+    whatever x is. The network must find it from losses alone."""
+    h, eta, x = 2.0, 1 / (2.0 * best), 1.0
+    net = AuxiliaryNeuralNetwork(learning_rate=0.01)
+    for step in range(400):
+        before = 0.5 * h * x * x
+        m = net.predict_learning_rate(state(before, step, h * abs(x)))
+        x -= m * eta * h * x
+        after = 0.5 * h * x * x
+        net.update_with_feedback(m, before - after)
+        x = math.copysign(max(abs(x), 1e-3), x) if abs(x) < 100 else 1.0
+    assert m == pytest.approx(best, rel=0.15)
+
+
+def test_feedback_that_is_not_finite_changes_nothing():
+    net = AuxiliaryNeuralNetwork()
+    net.predict_learning_rate(state())
+    before = copy.deepcopy(net.state_dict())
+    net.update_with_feedback(1.0, float("nan"))
+    net.update_with_feedback(1.0, float("-inf"))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_feedback_trains_the_weights():
+    net = AuxiliaryNeuralNetwork()
+    net.predict_learning_rate(state())
+    before = copy.deepcopy(dict(net.named_parameters()))
+    net.update_with_feedback(1.0, 0.5)
+    assert any(not torch.equal(p, before[n]) for n, p in net.named_parameters())
+
+
+@pytest.mark.parametrize("factor", [0.2, 5.0])
+def test_manager_corrects_a_wrong_base_rate(factor):
+    """Noise-free quadratic: the ratio of slopes moves the multiplier towards the better rate."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8, bias=False)
+    target = torch.randn(8, 8)
+    config = HybridTrainingConfig(
+        base_learning_rate=0.01 * factor, lr_schedule="constant", max_steps=300,
+        use_trust_region=False, auxiliary_nn_learning_rate=0.01,
+    )  # fmt: skip
+    manager = HybridOptimizationManager(config)
+    for step in range(150):
+        model.zero_grad()
+        loss = (model.weight - target).square().sum() / 2
+        loss.backward()
+        info = manager.optimization_step(model, loss, None, 0, step)
+    assert (info["lr_multiplier"] > 1.05) if factor < 1 else (info["lr_multiplier"] < 0.95)
+
+
+# ------------------------------------------------------------------------ the constrained step
+
+
+@given(
+    st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=20),
+    st.floats(1e-6, 1e6),
+)
+@settings(max_examples=200, deadline=None)
+def test_apply_constraint_projects(values, radius):
+    update = torch.tensor(values)
+    cut, active = ConstrainedOptimizer.apply_constraint(update, radius)
+    norm = float(torch.linalg.vector_norm(update.double()))
+    assert float(torch.linalg.vector_norm(cut.double())) <= radius * (1 + 1e-6) or norm <= radius
+    assert active == (norm > radius)
+    if not active:
+        assert torch.equal(cut, update)
+    elif norm < 1e20:
+        cosine = float(cut.double() @ update.double())
+        cosine /= max(norm * float(torch.linalg.vector_norm(cut.double())), 1e-300)
+        assert cosine == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_apply_constraint_of_something_not_finite_is_zero(value):
+    cut, active = ConstrainedOptimizer.apply_constraint(torch.tensor([1.0, value]), 1.0)
+    assert active
+    assert cut.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("radius", [0.001, 0.01, 0.3])
+def test_every_step_stays_in_every_region(radius):
+    """||dTheta_c|| <= mu_c ||Theta_c|| for each cluster, on every step of a real run."""
+    model, (x, y) = make_net(), digits(256)
+    config = HybridTrainingConfig(
+        base_learning_rate=0.05, initial_trust_radius=radius, max_steps=40, parameter_clusters=3
+    )
+    manager = HybridOptimizationManager(config)
+    cut = 0
+    for step in range(40):
+        loss = backward(model, x, y)
+        before = {n: p.detach().double() for n, p in model.named_parameters()}
+        before = {n: p.clone() for n, p in before.items()}
+        info = manager.optimization_step(model, loss, None, 0, step)
+        cut += info["active_share"] > 0
+        names = manager.parameter_labels
+        for k in set(names.values()):
+            moved = sum(float((p.detach().double() - before[n]).square().sum())
+                        for n, p in model.named_parameters() if names[n] == k)  # fmt: skip
+            size = sum(float(before[n].square().sum()) for n in names if names[n] == k)
+            assert moved**0.5 <= info["trust_radius"] * size**0.5
+    assert cut > 0
+
+
+def test_region_grows_when_inactive_and_shrinks_when_active():
+    p = nn.Parameter(torch.ones(4, 4))
+    radii = {}
+    for lr in (1e-6, 1.0):
+        opt = ConstrainedOptimizer([p], lr=lr)
+        p.grad = torch.randn(4, 4)
+        before = opt.radii().clone()
+        opt.step()
+        radii[lr] = float(opt.radii() / before)
+        assert opt.info.constraint_active == (lr == 1.0)
+    assert radii[1e-6] > 1
+    assert radii[1.0] < 1
+
+
+def test_fixed_radius_stays():
+    model, (x, y) = make_net(), digits()
+    opt = ConstrainedOptimizer(model, lr=0.1, initial_radius=0.02, adapt_radius=False)
+    for _ in range(5):
+        backward(model, x, y)
+        opt.step()
+    assert opt.radii().tolist() == pytest.approx([0.02])
+
+
+def reference_direction(grads: list[np.ndarray], beta: float, decay: float, damping: float):
+    """float64 twin of the matrix direction with the root refreshed at every step."""
+    mean = np.zeros_like(grads[0])
+    gram = 0.0
+    for g in grads:
+        mean = beta * mean + (1 - beta) * g
+        gram = decay * gram + (1 - decay) * (g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g)
+    t = len(grads)
+    values, vectors = np.linalg.eigh(gram / (1 - decay**t))
+    root = (vectors / np.sqrt(values + damping * values.mean())) @ vectors.T
+    mean = mean / (1 - beta**t)
+    d = root @ mean if mean.shape[0] <= mean.shape[1] else mean @ root
+    return d * math.sqrt(max(mean.shape))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_matrix_step_equals_its_float64_twin(shape):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=shape)
+    p = nn.Parameter(torch.tensor(w, dtype=torch.float32))
+    opt = ConstrainedOptimizer([p], lr=1e-3, use_trust_region=False, refresh_every=1)
+    grads = []
+    for _ in range(5):
+        g = rng.normal(size=shape)
+        grads.append(g)
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        opt.step()
+        d = reference_direction(grads, 0.9, 0.95, 1e-2)
+        w = w - 1e-3 * 20 * np.sqrt((w**2).mean()) * d
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_step_as_adam():
+    """Diagonal metric: equal to torch's Adam with the same betas."""
+    torch.manual_seed(0)
+    a = nn.Parameter(torch.randn(7))
+    b = nn.Parameter(a.detach().clone())
+    ours = ConstrainedOptimizer([a], lr=1e-2, use_trust_region=False)
+    theirs = torch.optim.Adam([b], lr=1e-2, betas=(0.9, 0.95), eps=1e-12)
+    for _ in range(6):
+        a.grad = torch.randn(7)
+        b.grad = a.grad.clone()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(a, b)
+
+
+def test_whitening_of_one_gradient_is_its_polar_factor():
+    """Without noise and damping the direction is sqrt(n) times the orthogonal polar factor."""
+    torch.manual_seed(0)
+    g = torch.randn(5, 8)
+    p = nn.Parameter(torch.ones(5, 8))
+    opt = ConstrainedOptimizer([p], lr=0.05, damping=0.0, use_trust_region=False)
+    p.grad = g
+    opt.step()
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    torch.testing.assert_close(1 - p.detach(), math.sqrt(8) * (u @ vh), rtol=1e-3, atol=1e-4)
+
+
+def test_inverse_square_root():
+    torch.manual_seed(0)
+    a = torch.randn(6, 6, dtype=torch.float64)
+    gram = a @ a.T
+    root = inverse_square_root(gram, 0.0)
+    torch.testing.assert_close(root @ gram @ root, torch.eye(6, dtype=torch.float64))
+    assert torch.isfinite(inverse_square_root(torch.zeros(3, 3), 1e-2)).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_touches_nothing(bad, where):
+    model, (x, y) = make_net(), digits()
+    manager = HybridOptimizationManager()
+    for step in range(3):
+        manager.optimization_step(model, backward(model, x, y), None, 0, step)
+    weights = copy.deepcopy(model.state_dict())
+    moments = copy.deepcopy(manager.constrained_opt.state_dict())
+    network = copy.deepcopy(manager.auxiliary_nn.training_state())
+    loss = backward(model, x, y)
+    if where == "gradient":
+        next(model.parameters()).grad.view(-1)[0] = bad
+    info = manager.optimization_step(model, bad if where == "loss" else loss, None, 0, 3)
+    assert info["skipped"]
+    assert manager.get_summary()["skipped_steps"] == 1
+    same(weights, model.state_dict())
+    same(moments, manager.constrained_opt.state_dict())
+    same(network, manager.auxiliary_nn.training_state())
+    manager.optimization_step(model, backward(model, x, y), None, 0, 4)
+    assert manager.consecutive_skips == 0
+
+
+def same(a, b):
+    """Nested structures with bit-identical tensors."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            same(a[k], b[k])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, np.ndarray):
+        np.testing.assert_array_equal(a, b)
+    else:
+        assert a == b
+
+
+def test_zero_gradients_and_zero_weights_do_not_divide_by_zero():
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    opt = ConstrainedOptimizer(model, lr=0.1)
+    for value in (0.0, 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        opt.step()
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all((p != 0).all() for p in model.parameters())
+
+
+def test_resume_is_bit_exact():
+    """2N steps equal N steps, saving, a fresh manager and model, and N steps."""
+    x, y = digits()
+    config = HybridTrainingConfig(max_steps=20, parameter_clusters=3)
+
+    def go(model, manager, start, stop):
+        for step in range(start, stop):
+            manager.optimization_step(model, backward(model, x, y), None, step % 2, step)
+
+    straight, one = make_net(), HybridOptimizationManager(config)
+    go(straight, one, 0, 14)
+    model, manager = make_net(), HybridOptimizationManager(config)
+    go(model, manager, 0, 7)
+    saved = copy.deepcopy((model.state_dict(), manager.state_dict()))
+    model, manager = make_net(seed=5), HybridOptimizationManager(config)
+    model.load_state_dict(saved[0])
+    manager.load_state_dict(saved[1], model)
+    go(model, manager, 7, 14)
+    same(straight.state_dict(), model.state_dict())
+    same(one.get_summary(), manager.get_summary())
+    same(one.auxiliary_nn.training_state(), manager.auxiliary_nn.training_state())
+
+
+def test_optimizer_works_alone():
+    """param groups, a scheduler, a closure called once, state_dict round trip."""
+    x, y = digits(128)
+    model = make_net()
+    opt = ConstrainedOptimizer(model, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        return backward(model, x, y)
+
+    first = opt.step(closure)
+    assert len(calls) == 1
+    schedule.step()
+    assert opt.param_groups[0]["lr"] == 1e-3
+    twin = make_net()
+    twin.load_state_dict(model.state_dict())
+    other = ConstrainedOptimizer(twin, lr=1.0)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for m, o in ((model, opt), (twin, other)):
+        backward(m, x, y)
+        o.step()
+    same(model.state_dict(), twin.state_dict())
+    assert float(backward(model, x, y)) < float(first)
+
+
+def test_plain_parameters_and_added_groups():
+    a, b = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(5))
+    opt = ConstrainedOptimizer([a], lr=1e-2)
+    opt.add_param_group({"params": [b], "lr": 1e-3})
+    a.grad, b.grad = torch.ones(3, 4), torch.ones(5)
+    opt.step()
+    assert (a < 1).all()
+    assert (b < 1).all()
+
+
+def test_kinds():
+    model = nn.ModuleDict(
+        {"emb": nn.Embedding(9, 4), "norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4),
+         "head": nn.Linear(4, 9, bias=False)}
+    )  # fmt: skip
+    kinds = {n: k for n, _, k in named_kinds(model)}
+    assert kinds == {
+        "emb.weight": "embedding", "norm.weight": "vector", "norm.bias": "vector",
+        "fc.weight": "matrix", "fc.bias": "vector", "head.weight": "head",
+    }  # fmt: skip
+
+
+def test_four_parameter_clusters_by_default():
+    model, (x, y) = make_net(), digits()
+    manager = HybridOptimizationManager()
+    manager.optimization_step(model, backward(model, x, y), None, 0, 0)
+    assert set(manager.parameter_labels.values()) == {0, 1, 2, 3}
+    assert manager.constrained_opt.radii().shape == (4,)
+
+
+# ----------------------------------------------------------------------------- cluster rates
+
+
+def test_cluster_rates_favour_what_can_still_be_learned():
+    manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=3, max_steps=100))
+    for _ in range(100):
+        manager.observe_clusters([0, 1, 2], [0.1, 0.2, 0.4])
+    rates = manager.cluster_rates(0)
+    assert rates[0] < rates[1] < rates[2]
+    assert ((rates >= 0.5) & (rates <= 2)).all()
+    assert rates.mean() == pytest.approx(1, abs=0.05)
+    np.testing.assert_allclose(manager.cluster_rates(100), 1)
+
+
+def test_one_spike_does_not_move_the_running_loss():
+    manager = HybridOptimizationManager()
+    for step in range(50):
+        manager.compute_training_state(1.0 + 0.01 * (step % 3), 1.0, 0, step)
+    before = manager.compute_training_state(1.0, 1.0, 0, 50).loss_trend
+    after = manager.compute_training_state(1e9, 1.0, 0, 51).loss_trend
+    assert abs(after - before) < 0.1
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+def test_schedule(kind):
+    values = [schedule_factor(t, 100, 0.05, kind) for t in range(130)]
+    assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a >= b for a, b in zip(values[4:], values[5:], strict=False))
+    assert all(v > 0 for v in values)
+    if kind != "constant":
+        assert values[99] < 0.02

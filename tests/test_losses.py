@@ -1,0 +1,167 @@
+"""Losses against formulas written in float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit.losses import distillation_terms, hidden_state_loss
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def naive_terms(
+    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, tau: float
+) -> tuple[np.ndarray, np.ndarray]:
+    s, t = student.double().numpy(), teacher.double().numpy()
+    b, n = labels.shape
+    hard = log_softmax(s)
+    ce = -hard[np.arange(b)[:, None], np.arange(n), labels.numpy()].mean(1)
+    log_p, log_q = log_softmax(t / tau), log_softmax(s / tau)
+    kl = tau**2 * (np.exp(log_p) * (log_p - log_q)).sum(-1).mean(1)
+    return ce, kl
+
+
+def batch(
+    seed: int = 0, b: int = 3, t: int = 5, v: int = 17, spread: float = 3.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(b, t, v, generator=g) * spread for _ in range(2))
+    return student, teacher, torch.randint(v, (b, t), generator=g)
+
+
+@given(
+    seed=st.integers(0, 1000),
+    tau=st.sampled_from([0.5, 1.0, 2.0, 7.0]),
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(2, 40)),
+)
+def test_terms_match_float64_formulas(seed, tau, shape) -> None:
+    """Cross-entropy ignores the temperature; KL is tau^2 KL(p_tau || q_tau)."""
+    args = batch(seed, *shape)
+    ce, kl = distillation_terms(*args, tau)
+    want_ce, want_kl = naive_terms(*args, tau)
+    np.testing.assert_allclose(ce.numpy(), want_ce, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(kl.numpy(), want_kl, rtol=1e-4, atol=2e-5 * tau**2)
+
+
+def test_two_words_by_hand() -> None:
+    """Teacher (3/4, 1/4), student (1/2, 1/2): KL = ln 2 - H(3/4) and CE = ln 2."""
+    teacher = torch.tensor([[[0.75, 0.25]]]).log()
+    ce, kl = distillation_terms(torch.zeros(1, 1, 2), teacher, torch.tensor([[1]]), 1.0)
+    assert ce.item() == pytest.approx(np.log(2), rel=1e-6)
+    assert kl.item() == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5), rel=1e-6)
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0, 4.0])
+def test_divergence_from_itself_is_zero(tau: float) -> None:
+    """KL(p, p) = 0, also where logits differ by a constant a position."""
+    student, _, labels = batch(spread=10)
+    shifted = student + torch.arange(5.0)[None, :, None]
+    _, kl = distillation_terms(student, shifted, labels, tau)
+    assert kl.abs().max() < 1e-5 * tau**2
+
+
+@pytest.mark.parametrize("tau", [0.5, 2.0, 5.0])
+def test_temperature_divides_logits_and_multiplies_by_its_square(tau: float) -> None:
+    """KL at temperature tau of tau * logits is tau^2 times KL at temperature 1 of the logits."""
+    student, teacher, labels = batch()
+    _, plain = distillation_terms(student, teacher, labels, 1.0)
+    _, scaled = distillation_terms(student * tau, teacher * tau, labels, tau)
+    torch.testing.assert_close(scaled, plain * tau**2)
+
+
+def test_gradient_keeps_its_size_at_high_temperature() -> None:
+    """tau^2 makes the gradient tend to (s - t) / V, centred, instead of vanishing."""
+    student, teacher, labels = batch(b=1, t=1)
+    student.requires_grad_(True)
+    _, kl = distillation_terms(student, teacher, labels, 1000.0)
+    kl.sum().backward()
+    difference = student.detach() - teacher
+    want = (difference - difference.mean(-1, keepdim=True)) / student.size(-1)
+    torch.testing.assert_close(student.grad, want, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_terms_do_not_depend_on_batch_or_length(times: int) -> None:
+    """Repeating windows repeats the terms; repeating positions leaves them alone."""
+    args = batch()
+    ce, kl = distillation_terms(*args, 2.0)
+    taller = [a.repeat(times, *[1] * (a.ndim - 1)) for a in args]
+    longer = [a.repeat(1, times, *[1] * (a.ndim - 2)) for a in args]
+    for got, want in zip(distillation_terms(*taller, 2.0), (ce, kl), strict=True):
+        torch.testing.assert_close(got, want.repeat(times))
+    for got, want in zip(distillation_terms(*longer, 2.0), (ce, kl), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_windows_are_independent() -> None:
+    """A window's terms are the same whatever else is in the batch."""
+    args = batch()
+    ce, kl = distillation_terms(*args, 1.5)
+    alone = distillation_terms(*(a[1:2] for a in args), 1.5)
+    torch.testing.assert_close(alone[0], ce[1:2])
+    torch.testing.assert_close(alone[1], kl[1:2])
+
+
+def test_half_precision_logits_are_widened() -> None:
+    """bfloat16 logits give float32 terms, those of the same logits in float32."""
+    student, teacher, labels = batch()
+    s, t = student.bfloat16(), teacher.bfloat16()
+    got, want = (
+        distillation_terms(*pair, labels, 2.0) for pair in ((s, t), (s.float(), t.float()))
+    )
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == torch.float32
+        assert torch.equal(g, w)
+
+
+def hidden(seed: int, blocks: int = 3, b: int = 2, t: int = 4, c: int = 6) -> list[torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(b, t, c, generator=g) * 10**i for i in range(blocks)]
+
+
+def test_hidden_loss_closed_forms() -> None:
+    """0 for equal states; 1 for a student at 0 on average; k^2 for a relative error of k."""
+    teacher = hidden(0)
+    assert hidden_state_loss(teacher, teacher).tolist() == [0.0, 0.0]
+    nothing = hidden_state_loss([torch.zeros_like(h) for h in teacher], teacher)
+    assert nothing.mean().item() == pytest.approx(1.0, rel=1e-5)
+    off = hidden_state_loss([1.5 * h for h in teacher], teacher)
+    assert off.mean().item() == pytest.approx(0.25, rel=1e-5)
+
+
+def test_hidden_loss_formula() -> None:
+    """Mean over blocks of the mean square error a window over the batch's mean square."""
+    student, teacher = hidden(1), hidden(2)
+    want = np.mean(
+        [
+            ((s - t) ** 2).mean((1, 2)) / (t**2).mean()
+            for s, t in ((a.double().numpy(), b.double().numpy())
+                         for a, b in zip(student, teacher, strict=True))
+        ],
+        axis=0,
+    )  # fmt: skip
+    np.testing.assert_allclose(hidden_state_loss(student, teacher).numpy(), want, rtol=1e-5)
+
+
+def test_hidden_loss_is_dimensionless_and_ignores_repeats() -> None:
+    """A common factor, more windows or more positions change nothing."""
+    student, teacher = hidden(1), hidden(2)
+    want = hidden_state_loss(student, teacher)
+    scaled = hidden_state_loss([7 * h for h in student], [7 * h for h in teacher])
+    torch.testing.assert_close(scaled, want)
+    for dims in ((2, 1, 1), (1, 3, 1)):
+        got = hidden_state_loss(*([h.repeat(dims) for h in hs] for hs in (student, teacher)))
+        torch.testing.assert_close(got, want.repeat(dims[0]))
+
+
+def test_hidden_loss_needs_as_many_blocks() -> None:
+    """A student of another depth is a mistake, not a shorter sum."""
+    with pytest.raises(ValueError, match="argument"):
+        hidden_state_loss(hidden(0)[:2], hidden(0))

@@ -1,0 +1,302 @@
+"""The main job from the command line to its files: what is printed, written and trained."""
+
+from __future__ import annotations
+
+import csv
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import distillation
+from lowbit.checkpoint import load_float32
+from lowbit.options import parse_options
+from lowbit.packing import load_packed
+from lowbit.quantization import low_bit_layers
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--seq_len", "32", "--batch_size", "4", "--samples_per_epoch", "12"]
+
+
+@pytest.fixture
+def run(tmp_path, text_file, tiny_teacher, capsys):
+    """Run distillation on a small text and teacher; returns (exit code, lines, folder)."""
+
+    def go(*flags: str, small: bool = True) -> tuple[int, list[str], Path]:
+        folder = tmp_path / f"out{len(list(tmp_path.iterdir()))}"
+        common = ["--data", str(text_file), "--teacher", str(tiny_teacher), "--device", "cpu"]
+        code = distillation.main(
+            [*common, "--output_dir", str(folder), *(SMALL if small else []), *flags]
+        )
+        return code, capsys.readouterr().out.splitlines(), folder
+
+    return go
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_float32(folder / "student_fp32.pth")[0].state_dict()
+
+
+def equal(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+# ------------------------------------------------------------------------------ what is printed
+
+NUMBER = r"\d+\.\d{6}"
+CONTRACT = [
+    r"Initialized hybrid optimization with 8 data clusters and auxiliary NN guidance",
+    rf"Epoch 0, Loss: {NUMBER}, LR: {NUMBER}, Trust Radius: {NUMBER}",
+    rf"Epoch 1, Loss: {NUMBER}, LR: {NUMBER}, Trust Radius: {NUMBER}",
+    r"HYBRID OPTIMIZATION SUMMARY",
+    r"={60}",
+    r"Total Steps: 6",
+    rf"Final Loss: {NUMBER}",
+    r"Avg Learning Rate Multiplier: \d+\.\d\dx",
+    r"Constraint Activation Rate: \d+\.\d%",
+    rf"Final Trust Radius: {NUMBER}",
+    r"={60}",
+    r"Validation loss, nats a byte \(\d+ windows of 32 held-out bytes\):",
+    r"  teacher +\d\.\d{4}",
+    r"  student, quantized +\d+\.\d{4} \+- \d\.\d{4} \(.*% against the teacher; KL .* \d\.\d{4}\)",
+    r"  student, latent fp32 +\d+\.\d{4} \(.*% against the teacher\)",
+    r"Size: [\d,]+ bytes packed, [\d,]+ in float32: \d+\.\dx smaller; .*",
+    r"Sample: Return the .*",
+]  # fmt: skip
+
+
+def test_printed_contract(run):
+    code, lines, folder = run("--hybrid", "--ternary", "--qat", "--epochs", "2", "--save_metrics")
+    assert code == 0
+    for pattern, line in zip(CONTRACT, lines, strict=False):
+        assert re.fullmatch(pattern, line), (pattern, line)
+    names = [
+        "student_fp32.pth", "student_quantized_ternary_1.58bit_qat.npz", "student_metrics.csv",
+        "student_metrics.png",
+    ]  # fmt: skip
+    assert sorted(p.name for p in folder.iterdir()) == sorted(names)
+    assert [x for x in lines if x.startswith("Wrote")] == [f"Wrote {folder / n}" for n in names]
+
+
+def test_metrics_rows(run):
+    _, _, folder = run("--hybrid", "--ternary", "--qat", "--epochs", "3", "--save_metrics",
+                       "--data_clusters", "3", "--eval_every", "2")  # fmt: skip
+    rows = rows_of(folder / "student_metrics.csv")
+    assert [r["epoch"] for r in rows] == ["0", "1", "2"]
+    assert [r["step"] for r in rows] == ["3", "6", "9"]
+    assert [bool(r["val_loss_quantized"]) for r in rows] == [False, True, True]
+    for row in rows:
+        assert float(row["lr"]) > 0
+        assert 0.1 <= float(row["lr_multiplier"]) <= 10
+        assert 0 <= float(row["activation_rate"]) <= 1
+        assert 0 <= float(row["code_flips"]) <= 1
+        assert "kl_cluster_2" in row
+        assert "kl_cluster_3" not in row
+    assert float(rows[0]["code_flips"]) > 0
+    assert float(rows[0]["seconds"]) < float(rows[2]["seconds"])
+    png = (folder / "student_metrics.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--ternary", "--qat"], "student_quantized_ternary_1.58bit_qat.npz"),
+        (["--ternary"], "student_quantized_ternary_1.58bit.npz"),
+        (["--qat"], "student_quantized_1bit_qat.npz"),
+        ([], "student_quantized_1bit.npz"),
+    ],
+)
+def test_files(run, flags, name):
+    """The packed file holds codes x scale, and is exactly the quantised latent checkpoint."""
+    code, _, folder = run(*flags, "--epochs", "1")
+    assert code == 0
+    assert sorted(p.name for p in folder.iterdir()) == sorted(["student_fp32.pth", name])
+    model, vocabulary, notes = load_packed(folder / name)
+    assert vocabulary == {"name": "bytes", "vocab_size": 256}
+    assert notes["steps"] == 3
+    row = model.model.layers[0].mlp.up_proj.weight[0].unique().tolist()
+    assert len(row) <= (3 if "--ternary" in flags else 2)
+    assert row == sorted(-x for x in row)
+
+
+def test_what_is_trained_is_what_is_stored(run, monkeypatch):
+    """Logits of the file, loaded again, equal the logits of the trained quantised student."""
+    kept = {}
+    original = distillation.save
+
+    def save(s, rows, say):
+        kept["student"], kept["windows"] = s.student, s.corpus.validation[:4]
+        original(s, rows, say)
+
+    monkeypatch.setattr(distillation, "save", save)
+    _, _, folder = run("--hybrid", "--ternary", "--qat", "--epochs", "1", "--learnable_scale")
+    ids = torch.from_numpy(kept["windows"].astype(np.int64))
+    loaded, _, _ = load_packed(folder / "student_quantized_ternary_1.58bit_qat.npz")
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(ids).logits, kept["student"](ids).logits, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_same_seed_same_weights(run):
+    flags = ["--hybrid", "--ternary", "--qat", "--epochs", "2"]
+    (_, _, a), (_, _, b), (_, _, c) = run(*flags), run(*flags), run(*flags, "--seed", "1")
+    assert equal(weights(a), weights(b))
+    assert not equal(weights(a), weights(c))
+
+
+def test_eval_and_metrics_leave_training_alone(run):
+    flags = ["--hybrid", "--ternary", "--qat", "--epochs", "2"]
+    (_, _, a), (_, _, b) = run(*flags), run(*flags, "--eval_every", "2", "--save_metrics")
+    assert equal(weights(a), weights(b))
+
+
+def test_every_parameter_moves(run, tiny_teacher):
+    _, _, folder = run("--hybrid", "--ternary", "--qat", "--epochs", "1")
+    start = load_packed(tiny_teacher)[0].state_dict()
+    end = weights(folder)
+    assert all(not torch.equal(start[k], end[k]) for k in start)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--lr", "0.01"], ["--weight_decay", "10"], ["--data_clusters", "2"],
+        ["--param_clusters", "1"], ["--use_clustering=false"], ["--use_auxiliary_nn=false"],
+        ["--use_trust_region=false"], ["--initial_trust_radius", "0.002"],
+        ["--trust_radius_adaptation=false"], ["--clustering_warmup_epochs", "1"],
+        ["--student_init", "random"], ["--temperature", "3"], ["--alpha", "0.1"],
+        ["--hidden_weight", "0"], ["--lr_schedule", "cosine"], ["--seq_len", "16"],
+        ["--batch_size", "3"], ["--samples_per_epoch", "20"], ["--learnable_scale"],
+        ["--student_size", "small", "--student_init", "random"],
+    ],
+    ids=lambda f: " ".join(f),
+)  # fmt: skip
+def test_each_flag_changes_the_result(run, flags):
+    base = ["--hybrid", "--ternary", "--qat", "--epochs", "2"]
+    (_, _, a), (code, _, b) = run(*base), run(*base, *flags)
+    assert code == 0
+    before, after = weights(a), weights(b)
+    assert before.keys() != after.keys() or not equal(before, after)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+def test_baselines_train(run, name):
+    code, lines, folder = run("--ternary", "--qat", "--epochs", "3", "--optimizer", name,
+                              "--save_metrics")  # fmt: skip
+    assert code == 0
+    assert re.fullmatch(rf"Epoch 0, Loss: {NUMBER}, LR: {NUMBER}", lines[0])
+    assert "TRAINING SUMMARY" in lines
+    assert not any("HYBRID" in x for x in lines)
+    losses = [float(r["train_loss"]) for r in rows_of(folder / "student_metrics.csv")]
+    assert losses[-1] < losses[0]
+
+
+def test_ternary_without_qat_trains_in_full_precision(run, monkeypatch):
+    seen = []
+    original = distillation.train
+
+    def train(s, say, **kwargs):
+        seen.append(len(list(low_bit_layers(s.student))))
+        return original(s, say, **kwargs)
+
+    monkeypatch.setattr(distillation, "train", train)
+    run("--ternary", "--epochs", "1")
+    run("--ternary", "--qat", "--epochs", "1")
+    assert seen == [0, 8]  # seven linear layers and the embedding of one block
+
+
+def test_whole_text_epoch(run):
+    _, lines, _ = run("--epochs", "1", "--samples_per_epoch", "0", "--batch_size", "100")
+    steps = int(next(x for x in lines if x.startswith("Total Steps")).split()[-1])
+    assert steps > 10
+
+
+def test_own_checkpoints_serve_as_teachers(run, tmp_path):
+    _, _, folder = run("--ternary", "--qat", "--epochs", "1")
+    for name in ("student_fp32.pth", "student_quantized_ternary_1.58bit_qat.npz"):
+        code, _, _ = run("--epochs", "1", "--teacher", str(folder / name))
+        assert code == 0
+
+
+def test_metrics_out(run, tmp_path):
+    path = tmp_path / "elsewhere" / "m.csv"
+    _, _, folder = run("--epochs", "1", "--metrics_out", str(path))
+    assert rows_of(path)
+    assert path.with_suffix(".png").exists()
+    assert not (folder / "student_metrics.csv").exists()
+
+
+# ----------------------------------------------------------------------------- the documentation
+
+
+def documented_commands(name: str) -> list[str]:
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", (ROOT / name).read_text("utf-8"), re.S)
+    lines = [x for block in blocks for x in block.replace("\\\n", " ").splitlines()]
+    return [m.group(1).split("#")[0].strip() for x in lines
+            if (m := re.search(r"(python distillation\.py.*)", x))]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["README.md", "QUICKSTART.md"])
+def test_documented_commands_run(name, run):
+    """Every distillation command of the page, on the small text and shortened."""
+    commands = documented_commands(name)
+    assert commands
+    for command in commands:
+        flags = shlex.split(command)[2:]
+        shrink = ["--epochs", "2", "--seq_len", "32", "--samples_per_epoch", "40"]
+        if "--data" in flags:  # the page's own paths stand for the reader's
+            at = flags.index("--data")
+            end = next((i for i in range(at + 1, len(flags)) if flags[i].startswith("--")), None)
+            flags = flags[:at] + (flags[end:] if end else [])
+        if "--batch_size" not in flags:
+            shrink += ["--batch_size", "4"]
+        kept = [f for i, f in enumerate(flags) if f != "--output_dir"
+                and (i == 0 or flags[i - 1] != "--output_dir")]  # fmt: skip
+        code, lines, _ = run(*kept, *shrink, small=False)
+        assert code == 0, command
+        assert any(x.startswith("Wrote") for x in lines)
+
+
+def test_help_names_every_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_options(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in vars(parse_options([])).keys() - {"method", "mode"}:
+        assert f"--{flag}" in text
+    for group in ("what is trained", "text", "training", "hybrid optimisation", "output"):
+        assert f"\n{group}:" in text
+
+
+def test_the_script_on_the_embedded_teacher_and_text(tmp_path):
+    """As a newcomer runs it, in a process of its own: the student improves on plain rounding."""
+
+    def go(*flags):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "distillation.py"), "--ternary", "--epochs", "1",
+             "--batch_size", "4", "--seq_len", "64", "--lr", "1e-3",
+             "--output_dir", str(tmp_path / "student"), *flags],
+            capture_output=True, text=True, check=False, cwd=tmp_path,
+        )  # fmt: skip
+
+    rounded = go("--samples_per_epoch", "4", "--weight_decay", "0")
+    trained = go("--hybrid", "--qat", "--samples_per_epoch", "160")
+
+    def loss(result):
+        assert result.returncode == 0, result.stderr
+        return float(re.search(r"student, quantized +(\S+)", result.stdout)[1])
+
+    assert loss(trained) < loss(rounded) - 0.2
+    assert "Traceback" not in trained.stderr
