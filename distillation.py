@@ -33,7 +33,7 @@ from lowbit.checkpoint import prepare_folder, save_float32
 from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
 from lowbit.generate import generate
 from lowbit.losses import distillation_terms, hidden_state_loss
-from lowbit.options import DEFAULT_LR, parse_options
+from lowbit.options import DEFAULT_LR, STEPS_PER_EPOCH, parse_options
 from lowbit.packing import load_packed, save_packed
 from lowbit.quantization import count_flips, latent, quantize_model, snapshot_codes
 from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
@@ -97,6 +97,20 @@ def make_student(o: argparse.Namespace, teacher: CausalLM) -> CausalLM:
     return student
 
 
+def output_paths(o: argparse.Namespace) -> dict[str, Path]:
+    """The files that the run will write, by what they hold."""
+    folder = Path(o.output_dir)
+    kind = ("ternary_1.58bit" if o.ternary else "1bit") + ("_qat" if o.qat else "")
+    paths = {
+        "float32": folder / "student_fp32.pth",
+        "packed": folder / f"student_quantized_{kind}.npz",
+    }
+    if o.save_metrics:
+        paths["metrics"] = Path(o.metrics_out) if o.metrics_out else folder / "student_metrics.csv"
+        paths["picture"] = paths["metrics"].with_suffix(".png")
+    return paths
+
+
 def set_up(o: argparse.Namespace) -> Setup:
     device = choose_device(o.device)
     torch.manual_seed(o.seed)
@@ -108,16 +122,18 @@ def set_up(o: argparse.Namespace) -> Setup:
     if o.seq_len > limit:
         raise UserError(f"--seq_len {o.seq_len}: the teacher reads at most {limit} tokens")
     prepare_folder(o.output_dir)
-    if o.metrics_out:
-        prepare_folder(Path(o.metrics_out).parent)
-        if Path(o.metrics_out).is_dir():
-            raise UserError(f"--metrics_out: {o.metrics_out} is a folder")
+    for path in output_paths(o).values():
+        prepare_folder(path.parent, "--metrics_out" if o.metrics_out else "--output_dir")
+        if path.is_dir():
+            raise UserError(f"cannot write {path}: it is a folder")
     corpus = load_corpus(o.data, o.seq_len, tokenizer)
     n = len(corpus.train)
     if o.batch_size > n:
         raise UserError(f"--batch_size {o.batch_size}: the text has only {n} training windows")
     if o.hybrid and o.use_clustering and o.data_clusters > n:
         raise UserError(f"--data_clusters {o.data_clusters}: the text has only {n} windows")
+    if o.samples_per_epoch is None:
+        o.samples_per_epoch = min(STEPS_PER_EPOCH * o.batch_size, n)
     if o.samples_per_epoch > n:
         raise UserError(f"--samples_per_epoch {o.samples_per_epoch}: the text has {n} windows")
     student = make_student(o, teacher).to(device)
@@ -355,21 +371,21 @@ def train(
 def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
     """Write the student's files, then measure the quantised student as read back from its file."""
     o = s.options
-    folder = Path(o.output_dir)
+    paths = output_paths(o)
     windows = pick_windows(s.corpus.validation, FINAL_WINDOWS)
     with latent(s.student):
         full, _, _ = validate(s.student, None, windows, s.device)
     state = {k: v for k, v in s.student.state_dict().items()
              if not k.endswith(("weight_scale", "base_scale"))}  # fmt: skip
     vocabulary = s.tokenizer.describe()
-    float32 = save_float32(folder / "student_fp32.pth", s.student.config, state, vocabulary)
+    if not math.isfinite(full):
+        raise UserError("the student's loss is not finite; use a smaller --lr, or --hybrid")
+    save_float32(paths["float32"], s.student.config, state, vocabulary)
     if not o.qat:
         quantize_model(s.student, o.mode)
-    kind = ("ternary_1.58bit" if o.ternary else "1bit") + ("_qat" if o.qat else "")
-    packed = folder / f"student_quantized_{kind}.npz"
     notes = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
-    size = save_packed(packed, s.student, vocabulary, notes=notes)
-    student = load_packed(packed)[0].to(s.device).eval()
+    size = save_packed(paths["packed"], s.student, vocabulary, notes=notes)
+    student = load_packed(paths["packed"])[0].to(s.device).eval()
     quantized, error, divergence = validate(student, s.teacher, windows, s.device)
     reference, _, _ = validate(s.teacher, None, windows, s.device)
 
@@ -388,15 +404,14 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     say(f"Sample: {SAMPLE_PROMPT}{s.tokenizer.decode(ids)}")
     say(f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} bytes, "
         f"fingerprint {s.corpus.fingerprint}")  # fmt: skip
-    paths = [float32, packed]
     if o.save_metrics:
-        table = Path(o.metrics_out) if o.metrics_out else folder / "student_metrics.csv"
-        paths.append(write_csv(table, rows))
+        write_csv(paths["metrics"], rows)
         try:
-            paths.append(plot_metrics(table.with_suffix(".png"), rows, reference))
+            plot_metrics(paths["picture"], rows, reference)
         except ImportError:
+            del paths["picture"]
             say("No picture of the metrics: pip install matplotlib")
-    for path in paths:
+    for path in paths.values():
         say(f"Wrote {path}")
 
 

@@ -19,7 +19,7 @@ VERSION = 1
 MAX_POSITIONS = 1 << 17
 
 
-def prepare_folder(folder: str | os.PathLike) -> Path:
+def prepare_folder(folder: str | os.PathLike, flag: str = "--output_dir") -> Path:
     """Make the folder and try a file in it. Raises UserError where that fails."""
     path = Path(folder)
     try:
@@ -27,7 +27,7 @@ def prepare_folder(folder: str | os.PathLike) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as e:
-        raise UserError(f"--output_dir: cannot write to {folder}: {e.strerror}") from e
+        raise UserError(f"{flag}: cannot write to {folder}: {e.strerror}") from e
     return path
 
 

@@ -177,7 +177,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     o.mode = "ternary" if o.ternary else "1bit"
     if o.weight_decay is None:
         o.weight_decay = 1e-5 if o.hybrid else 0.01
-    if o.samples_per_epoch is None:
-        o.samples_per_epoch = STEPS_PER_EPOCH * o.batch_size
     o.save_metrics = o.save_metrics or o.metrics_out is not None
+    if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):
+        raise UserError(f"--metrics_out {o.metrics_out}: the name must end in .csv")
     return o

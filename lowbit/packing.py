@@ -161,7 +161,8 @@ def save_packed(
         "header": np.frombuffer(json.dumps(header, separators=(",", ":")).encode(), np.uint8)
     }
     members.update({k: np.concatenate(v) for k, v in streams.items()})
-    atomic_write(path, lambda f: np.savez_compressed(f, **members))
+    # numpy before 2.1 would store allow_pickle=False as one more member, so it is not given
+    atomic_write(path, lambda f: np.savez_compressed(f, **members))  # type: ignore[arg-type]
     with zipfile.ZipFile(path) as z:
         sizes = {i.filename.removesuffix(".npy"): i.compress_size for i in z.infolist()}
     weights = {k: sum(math.prod(e["shape"]) for e in entries if e["encoding"] == k) for k in CODED}

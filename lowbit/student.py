@@ -145,17 +145,13 @@ class Block(nn.Module):
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
-        self.dropout = 0.0  # only the recipe of the embedded teacher raises it
 
     def forward(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, past: KV | None
     ) -> tuple[torch.Tensor, KV]:
         y, present = self.self_attn(self.input_layernorm(x), cos, sin, past)
-        x = x + self._drop(y)
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x))), present
-
-    def _drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout) if self.training and self.dropout else x
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), present
 
 
 class Decoder(nn.Module):
