@@ -45,19 +45,28 @@ T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.
 def machine() -> dict[str, Any]:
     """What a reader needs to place the numbers."""
     root = Path(__file__).parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, text=True,
-                            capture_output=True, check=False).stdout.strip()  # fmt: skip
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=root,
+        text=True,
+        capture_output=True,
+        check=False,
+    ).stdout.strip()
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
     return {
-        "commit": commit, "version": __version__, "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": np.__version__, "cpu": cpu,
+        "commit": commit,
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": cpu,
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }  # fmt: skip
+    }
 
 
 def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int) -> dict[str, Any]:
@@ -72,13 +81,21 @@ def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int
     seconds = time.perf_counter() - started
     column = "val_loss_quantized" if options.qat else "val_loss"
     curve = [(row["step"], row[column]) for row in rows if column in row]
-    windows = distillation.pick_windows(setup.corpus.validation, distillation.FINAL_WINDOWS)
-    final, _, kl = distillation.validate(setup.student, setup.teacher, windows, setup.device)
+    windows = setup.corpus.validation
+    reference = distillation.logits_of(setup.teacher, windows, setup.device)
+    final = distillation.validate(setup.student, windows, reference, setup.device)
     return {
-        "method": method, "seed": seed, "final_loss": final, "final_kl": kl, "curve": curve,
-        "seconds": seconds, "lr": setup.lr, "steps": setup.max_steps,
+        "method": method,
+        "seed": seed,
+        "final_loss": final.loss,
+        "final_kl": final.kl,
+        "curve": curve,
+        "seconds": seconds,
+        "lr": setup.lr,
+        "step_seconds": float(np.median([row["median_step_seconds"] for row in rows])),
+        "steps": setup.max_steps,
         "text": setup.corpus.fingerprint,
-    }  # fmt: skip
+    }
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -86,9 +103,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return float(np.mean(values)), float("nan")
-    return float(np.mean(values)), float(
-        T_QUANTILE.get(n, 2.3) * np.std(values, ddof=1) / n**0.5
-    )
+    return float(np.mean(values)), float(T_QUANTILE.get(n, 2.3) * np.std(values, ddof=1) / n**0.5)
 
 
 def first_crossing(curve: Sequence[Sequence[float]], target: float) -> int | None:
@@ -108,12 +123,20 @@ def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str,
         seconds, seconds_ci = mean_interval([r["seconds"] for r in rs])
         crossings = [first_crossing(r["curve"], target) for r in rs]
         reached = [c for c in crossings if c is not None]
-        table.append({
-            "method": method, "n": len(rs), "final_loss": loss, "final_loss_ci95": loss_ci,
-            "final_kl": float(np.mean([r["final_kl"] for r in rs])), "reached": len(reached),
-            "steps_to_target": float(np.mean(reached)) if len(reached) == len(rs) else None,
-            "seconds": seconds, "seconds_ci95": seconds_ci,
-        })  # fmt: skip
+        table.append(
+            {
+                "method": method,
+                "n": len(rs),
+                "final_loss": loss,
+                "final_loss_ci95": loss_ci,
+                "final_kl": float(np.mean([r["final_kl"] for r in rs])),
+                "reached": len(reached),
+                "steps_to_target": float(np.mean(reached)) if len(reached) == len(rs) else None,
+                "seconds": seconds,
+                "seconds_ci95": seconds_ci,
+                "step_seconds": float(np.median([r["step_seconds"] for r in rs])),
+            }
+        )
     return {"target": target, "table": table}
 
 
@@ -126,8 +149,10 @@ def format_table(summary: dict[str, Any]) -> list[str]:
         loss = f"{row['final_loss']:.4f} +- {row['final_loss_ci95']:.4f}"
         lines.append(f"{row['method']:<20} | {loss:<17} | {reached:<17} | {row['seconds']:.1f}")
     n = summary["table"][0]["n"]
-    lines.append(f"Validation loss of the student, nats a byte; mean of {n} seeds, 95 % t-interval. "
-                 f"Converged = {summary['target']:.4f}.")  # fmt: skip
+    lines.append(
+        f"Validation loss of the student, nats a byte; mean of {n} seeds, 95 % t-interval. "
+        f"Converged = {summary['target']:.4f}."
+    )
     return lines
 
 
@@ -144,24 +169,38 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], target: float) -> None:
             (line,) = ax.plot(steps, values.mean(0), marker="o", ms=3, label=method)
             ax.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
     ax.axhline(target, color="black", ls="--", lw=1, label="target")
-    ax.set(xlabel="step", ylabel="validation loss of the student, nats a byte",
-           title="Mean over seeds, band from lowest to highest")  # fmt: skip
+    ax.set(
+        xlabel="step",
+        ylabel="validation loss of the student, nats a byte",
+        title="Mean over seeds, band from lowest to highest",
+    )
     ax.grid(alpha=0.25)
     ax.legend()
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="benchmark_hybrid_optimization.py", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(
+        prog="benchmark_hybrid_optimization.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs a method (default 3)")
     parser.add_argument("--epochs", type=int, default=10, help="epochs a run (default 10)")
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), metavar="NAME",
-                        help=f"among: {', '.join(METHODS)} (default all)")  # fmt: skip
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=list(METHODS),
+        metavar="NAME",
+        help=f"among: {', '.join(METHODS)} (default all)",
+    )
     parser.add_argument("--target", type=float, help="validation loss that counts as converged")
     parser.add_argument("--output_dir", default="benchmark", help="folder (default benchmark/)")
-    parser.add_argument("--task", default="--ternary --qat --student_size small",
-                        help='distillation.py flags of every run (default "%(default)s")')  # fmt: skip
+    parser.add_argument(
+        "--task",
+        default="--ternary --qat --student_size small",
+        help='distillation.py flags of every run (default "%(default)s")',
+    )
     options = parser.parse_args(argv)
     try:
         if options.seeds < 1 or options.epochs < 1:
@@ -181,8 +220,7 @@ def main(argv: list[str] | None = None) -> int:
                 found = next((r for r in runs if all(r.get(k) == v for k, v in key.items())), None)
                 if found is None:
                     found = {**key, **run_once(method, METHODS[method], common, seed), **where}
-                    with log.open("a", encoding="utf-8") as f:
-                        f.write(json.dumps(found) + "\n")
+                    append_run(log, found)
                 selected.append(found)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -202,6 +240,15 @@ def main(argv: list[str] | None = None) -> int:
     for path in [log, *written]:
         print(f"Wrote {path}")
     return 0
+
+
+def append_run(log: Path, record: dict[str, Any]) -> None:
+    """Add a line; a last line that was cut short by a killed run is ended first."""
+    text = json.dumps(record) + "\n"
+    if log.exists() and not log.read_bytes().endswith(b"\n"):
+        text = "\n" + text
+    with log.open("a", encoding="utf-8") as f:
+        f.write(text)
 
 
 def read_runs(log: Path) -> list[dict[str, Any]]:

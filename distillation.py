@@ -43,7 +43,8 @@ from lowbit.tokenizer import ByteTokenizer
 
 WARMUP_FRACTION = 0.05  # of all steps
 QUICK_WINDOWS = 64  # validation windows after an epoch
-FINAL_WINDOWS = 512  # validation windows at the end
+FINAL_WINDOWS = 256  # validation windows at the end
+EVAL_BATCH = 16  # windows
 MAX_CONSECUTIVE_SKIPS = 20
 SAMPLE_PROMPT = "Return the "
 SAMPLE_TOKENS = 200
@@ -91,6 +92,8 @@ def make_student(o: argparse.Namespace, teacher: CausalLM) -> CausalLM:
             f"--student_init teacher needs the teacher's shape; --student_size {o.student_size} "
             "differs (use --student_init random)"
         )
+    if o.use_matrix_geometry is None:  # it does not pay in a conversion: EXPERIMENTS.md
+        o.use_matrix_geometry = o.student_init == "random"
     student = CausalLM(config).initialise(o.seed)
     if o.student_init == "teacher":
         student.load_state_dict(teacher.state_dict())
@@ -157,6 +160,7 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
             data_clusters=o.data_clusters,
             parameter_clusters=o.param_clusters,
             use_auxiliary_nn=o.use_auxiliary_nn,
+            use_matrix_geometry=o.use_matrix_geometry,
             use_trust_region=o.use_trust_region,
             initial_trust_radius=o.initial_trust_radius,
             trust_radius_adaptation=o.trust_radius_adaptation,
@@ -183,10 +187,11 @@ def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
         return [torch.optim.SGD(everything, s.lr, momentum=0.9, weight_decay=o.weight_decay)]
     if o.method == "muon":
         return [
-            torch.optim.Muon(matrices, s.lr, weight_decay=o.weight_decay,
-                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(
+                matrices, s.lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
             torch.optim.AdamW(rest, s.lr / 5, betas=(0.9, 0.95), weight_decay=o.weight_decay),
-        ]  # fmt: skip
+        ]
     return [torch.optim.AdamW(everything, s.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)]
 
 
@@ -199,6 +204,7 @@ class StepResult:
     ce: float
     kl: np.ndarray  # (B,), nats a token
     lr: float
+    seconds: float
     control: dict[str, Any] = field(default_factory=dict)  # the manager's answer, hybrid only
 
 
@@ -223,6 +229,7 @@ def make_step(
     hidden_weight = o.hidden_weight if same_blocks else 0.0
 
     def step(t: int, indices: np.ndarray) -> StepResult:
+        started = time.perf_counter()
         inputs, labels = batch_of(s.corpus.train[indices], s.device)
         weights = None
         if manager and manager.config.use_clustering:
@@ -255,7 +262,8 @@ def make_step(
             lr = s.lr * factor
             if not math.isfinite(loss):
                 raise UserError("the loss is not finite; use a smaller --lr, or --hybrid")
-        return StepResult(loss, float(ce.mean().detach()), kls, lr, control)
+        seconds = time.perf_counter() - started
+        return StepResult(loss, float(ce.mean().detach()), kls, lr, seconds, control)
 
     return step
 
@@ -271,21 +279,44 @@ def pick_windows(windows: np.ndarray, count: int) -> np.ndarray:
 
 
 @torch.no_grad()
+def logits_of(model: CausalLM, windows: np.ndarray, device: torch.device) -> list[torch.Tensor]:
+    """Logits over windows (n, T + 1), in blocks of EVAL_BATCH windows."""
+    blocks = range(0, len(windows), EVAL_BATCH)
+    return [model(batch_of(windows[i : i + EVAL_BATCH], device)[0]).logits for i in blocks]
+
+
+@dataclass
+class Validation:
+    """loss: mean cross-entropy; error: its standard error over windows; kl: mean KL to the
+    teacher. Nats a token."""
+
+    loss: float
+    error: float
+    kl: float
+
+
+@torch.no_grad()
 def validate(
-    model: CausalLM, teacher: CausalLM | None, windows: np.ndarray, device: torch.device
-) -> tuple[float, float, float]:
-    """(cross-entropy, its standard error over windows, KL to the teacher), nats a token."""
+    model: CausalLM, windows: np.ndarray, reference: list[torch.Tensor], device: torch.device
+) -> Validation:
+    """A model on windows (n, T + 1); reference: the teacher's `logits_of` the same windows."""
     ces, kls = [], []
-    for start in range(0, len(windows), 16):
-        inputs, labels = batch_of(windows[start : start + 16], device)
-        logits = model(inputs).logits
-        reference = logits if teacher is None else teacher(inputs).logits
-        ce, kl = distillation_terms(logits, reference, labels, 1.0)
+    for i, target in enumerate(reference):
+        inputs, labels = batch_of(windows[i * EVAL_BATCH : (i + 1) * EVAL_BATCH], device)
+        ce, kl = distillation_terms(model(inputs).logits, target, labels, 1.0)
         ces.append(ce)
         kls.append(kl)
     ce = torch.cat(ces).double()
     error = float(ce.std(unbiased=False)) / math.sqrt(len(ce))
-    return float(ce.mean()), error, float(torch.cat(kls).double().mean())
+    return Validation(float(ce.mean()), error, float(torch.cat(kls).double().mean()))
+
+
+@torch.no_grad()
+def teacher_loss(windows: np.ndarray, reference: list[torch.Tensor]) -> float:
+    labels = torch.from_numpy(windows[:, 1:].astype(np.int64)).to(reference[0].device)
+    parts = labels.split(EVAL_BATCH)
+    terms = [distillation_terms(r, r, y, 1.0)[0] for r, y in zip(reference, parts, strict=True)]
+    return float(torch.cat(terms).double().mean())
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -312,6 +343,8 @@ def train(
         say(f"Initialized hybrid optimization{parts}")
 
     quick = pick_windows(s.corpus.validation, QUICK_WINDOWS)
+    reference = logits_of(s.teacher, quick, s.device)
+    teacher = teacher_loss(quick, reference)
     step = make_step(s, manager, clusters)
     sampler = StratifiedSampler(everything, o.batch_size, o.seed)
     codes = snapshot_codes(s.student)
@@ -332,8 +365,10 @@ def train(
                 t += 1
                 bar.update()
                 if manager and manager.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-                    raise UserError(f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or "
-                                    "gradient that is not finite; check the teacher and --data")  # fmt: skip
+                    raise UserError(
+                        f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or "
+                        "gradient that is not finite; check the teacher and --data"
+                    )
 
             finite = [r for r in results if math.isfinite(r.loss)]
             row: dict[str, Any] = {"epoch": epoch, "step": t}
@@ -342,9 +377,9 @@ def train(
             kl = np.concatenate([r.kl for r in results])
             row["train_kl"] = float(np.nanmean(kl))
             if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
-                value, _, divergence = validate(s.student, s.teacher, quick, s.device)
-                row["val_loss_quantized" if o.qat else "val_loss"] = value
-                row["val_kl"] = divergence
+                found = validate(s.student, quick, reference, s.device)
+                row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
+                row["val_kl"], row["val_loss_teacher"] = found.kl, teacher
             row["lr"] = float(np.mean([r.lr for r in results]))
             if manager:
                 row["lr_multiplier"] = float(np.mean([r.control["lr_multiplier"] for r in results]))
@@ -360,6 +395,7 @@ def train(
                 for k in range(o.data_clusters):
                     mine = kl[where == k]
                     row[f"kl_cluster_{k}"] = float(np.nanmean(mine)) if len(mine) else ""
+            row["median_step_seconds"] = float(np.median([r.seconds for r in results]))
             row["seconds"] = time.perf_counter() - started
             rows.append(row)
             say(epoch_line(epoch, row))
@@ -373,12 +409,16 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     o = s.options
     paths = output_paths(o)
     windows = pick_windows(s.corpus.validation, FINAL_WINDOWS)
+    target = logits_of(s.teacher, windows, s.device)
     with latent(s.student):
-        full, _, _ = validate(s.student, None, windows, s.device)
-    state = {k: v for k, v in s.student.state_dict().items()
-             if not k.endswith(("weight_scale", "base_scale"))}  # fmt: skip
+        full = validate(s.student, windows, target, s.device)
+    state = {
+        k: v
+        for k, v in s.student.state_dict().items()
+        if not k.endswith(("weight_scale", "base_scale"))
+    }
     vocabulary = s.tokenizer.describe()
-    if not math.isfinite(full):
+    if not math.isfinite(full.loss):
         raise UserError("the student's loss is not finite; use a smaller --lr, or --hybrid")
     save_float32(paths["float32"], s.student.config, state, vocabulary)
     if not o.qat:
@@ -386,28 +426,34 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     notes = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
     size = save_packed(paths["packed"], s.student, vocabulary, notes=notes)
     student = load_packed(paths["packed"])[0].to(s.device).eval()
-    quantized, error, divergence = validate(student, s.teacher, windows, s.device)
-    reference, _, _ = validate(s.teacher, None, windows, s.device)
+    quantized = validate(student, windows, target, s.device)
+    teacher = teacher_loss(windows, target)
 
-    def share(x: float) -> str:
-        return f"{100 * (x / reference - 1):+.1f}% against the teacher"
+    def share(x: Validation) -> str:
+        return f"{100 * (x.loss / teacher - 1):+.1f}% against the teacher"
 
     say(f"Validation loss, nats a byte ({len(windows)} windows of {o.seq_len} held-out bytes):")
-    say(f"  teacher              {reference:.4f}")
-    say(f"  student, quantized   {quantized:.4f} +- {error:.4f} ({share(quantized)}; "
-        f"KL to the teacher {divergence:.4f})")  # fmt: skip
-    say(f"  student, latent fp32 {full:.4f} ({share(full)})")
-    say(f"Size: {size.file_bytes:,} bytes packed, {size.float32_bytes:,} in float32: "
+    say(f"  teacher              {teacher:.4f}")
+    say(
+        f"  student, quantized   {quantized.loss:.4f} +- {quantized.error:.4f} "
+        f"({share(quantized)}; KL to the teacher {quantized.kl:.4f})"
+    )
+    say(f"  student, latent fp32 {full.loss:.4f} ({share(full)})")
+    say(
+        f"Size: {size.file_bytes:,} bytes packed, {size.float32_bytes:,} in float32: "
         f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a linear weight, scales "
-        "included; the embedding is held in 8 bits")  # fmt: skip
+        "included; the embedding is held in 8 bits"
+    )
     ids = generate(student, s.tokenizer.encode(SAMPLE_PROMPT), SAMPLE_TOKENS, seed=o.seed)
     say(f"Sample: {SAMPLE_PROMPT}{s.tokenizer.decode(ids)}")
-    say(f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} bytes, "
-        f"fingerprint {s.corpus.fingerprint}")  # fmt: skip
+    say(
+        f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} bytes, "
+        f"fingerprint {s.corpus.fingerprint}"
+    )
     if o.save_metrics:
         write_csv(paths["metrics"], rows)
         try:
-            plot_metrics(paths["picture"], rows, reference)
+            plot_metrics(paths["picture"], rows)
         except ImportError:
             del paths["picture"]
             say("No picture of the metrics: pip install matplotlib")

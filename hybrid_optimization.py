@@ -69,7 +69,8 @@ class TrainingState:
 
     def to_features(self) -> np.ndarray:
         """The six fields, in order of declaration, as float32 of shape (1, 6)."""
-        return np.array([[float(getattr(self, f.name)) for f in fields(self)]], dtype=np.float32)
+        with np.errstate(over="ignore"):  # beyond float32: inf
+            return np.array([[getattr(self, f.name) for f in fields(self)]], dtype=np.float32)
 
 
 def _number(low: float, high: float, *, open_low: bool = False) -> Callable[[Any], bool]:
@@ -380,8 +381,9 @@ class KMeansClustering:
         k = min(self.n_clusters, len(X), distinct)
         with warnings.catch_warnings():  # duplicates beyond the first 4k rows: fewer clusters
             warnings.simplefilter("ignore")
-            model = KMeans(k, max_iter=self.max_iter, tol=self.tolerance, n_init=1,
-                           random_state=self.seed).fit(X)  # fmt: skip
+            model = KMeans(
+                k, max_iter=self.max_iter, tol=self.tolerance, n_init=1, random_state=self.seed
+            ).fit(X)
         self.labels = model.labels_.astype(np.int64)
         spare = np.repeat(model.cluster_centers_[-1:], self.n_clusters - k, axis=0)
         self.centroids = np.concatenate([model.cluster_centers_, spare])
@@ -514,20 +516,21 @@ def named_kinds(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
 class ConstrainedOptimizer(torch.optim.Optimizer):
     """The trust-region step, alone: a PyTorch optimiser for all parameters of a model.
 
-    Direction. Momentum M (bias-corrected mean of gradients). For a weight matrix (out, in) the
-    linear model <M, D> is minimised in the metric learned from gradients on the smaller side,
+    Direction. Momentum M: the bias-corrected mean of gradients, with Nesterov's look-ahead. For a
+    weight matrix (out, in) the linear model <M, D> is minimised in the metric learned from
+    gradients on the smaller side,
     D = -(E[G G^T])^(-1/2) M: the one-sided Shampoo step (Gupta et al., arXiv 1802.09568; ASGO,
     arXiv 2503.20762), whose noise-free limit is Muon's -polar(M). Other parameters use the
-    diagonal metric, which is Adam (arXiv 1412.6980).
+    diagonal metric, which is Adam (arXiv 1412.6980) with look-ahead (Dozat 2016).
 
     Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
     square of the proposed entries is up to 2 % of the weights'. Vectors move as in Adam.
 
     Region. For each parameter cluster c the proposal d_c, decay included, is cut to
     ||d_c||_2 <= mu_c ||Theta_c||_2 (||Theta_c|| at least a tenth of a usual start's, so that
-    weights that start at zero can leave it). A cluster whose step was cut shrinks its region, one whose
-    step was not grows it; around that a slow recentring follows the length of proposals, so that
-    about ``active_share`` of the steps are cut.
+    weights that start at zero can leave it). A cluster whose step was cut shrinks its region, one
+    whose step was not grows it; around that a slow recentring follows the length of proposals, so
+    that about ``active_share`` of the steps are cut.
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
     weight_decay (decoupled), betas of the metric, kind, clusters (one integer a parameter).
@@ -543,7 +546,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         lr: float = 1e-3,
         *,
         momentum: float = 0.9,
-        metric_decay: float = 0.95,
+        metric_decay: float = 0.98,
         weight_decay: float = 0.0,
         initial_radius: float = 0.01,
         adapt_radius: bool = True,
@@ -554,12 +557,20 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         active_share: float = 0.3,
     ) -> None:
         defaults = dict(
-            lr=lr, momentum=momentum, metric_decay=metric_decay, weight_decay=weight_decay,
-            initial_radius=initial_radius, adapt_radius=adapt_radius,
-            use_trust_region=use_trust_region, use_matrix_geometry=use_matrix_geometry,
-            refresh_every=refresh_every, damping=damping, active_share=active_share,
-            kind=None, clusters=None,
-        )  # fmt: skip
+            lr=lr,
+            momentum=momentum,
+            metric_decay=metric_decay,
+            weight_decay=weight_decay,
+            initial_radius=initial_radius,
+            adapt_radius=adapt_radius,
+            use_trust_region=use_trust_region,
+            use_matrix_geometry=use_matrix_geometry,
+            refresh_every=refresh_every,
+            damping=damping,
+            active_share=active_share,
+            kind=None,
+            clusters=None,
+        )
         if not _POSITIVE[0](lr):
             raise ValueError(f"lr must be {_POSITIVE[1]}, not {lr!r}")
         if not 0 < initial_radius <= 1:
@@ -574,6 +585,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if not params:
             self.param_groups.clear()  # unbound: groups are added when a model arrives
         self.info = ConstrainedUpdateInfo(0.0, False, initial_radius)
+        self.active_share = 0.0  # of the clusters, at the newest step
+        self.proposal_log10 = 0.0  # of the newest proposal's length over the region's centre
 
     @staticmethod
     def apply_constraint(update: Any, constraint_radius: float) -> tuple[Any, bool]:
@@ -599,8 +612,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def gradient_norm(self) -> Tensor:
         """||g||_2 over all parameters that have a gradient, as a 0-dimensional tensor."""
-        grads = [p.grad for group in self.param_groups for p in group["params"]
-                 if p.grad is not None]  # fmt: skip
+        grads = [
+            p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
         if not grads:
             return torch.zeros(())
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
@@ -625,8 +639,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             groups = self.param_groups
             count = 1 + max((max(self._clusters(g), default=0) for g in groups), default=0)
             device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
-            radius = [next((g["initial_radius"] for g in groups if c in self._clusters(g)), 0.01)
-                      for c in range(count)]  # fmt: skip
+            radius = [
+                next((g["initial_radius"] for g in groups if c in self._clusters(g)), 0.01)
+                for c in range(count)
+            ]
             self.state["region"] = {  # type: ignore[index]
                 "centre": torch.tensor(radius, device=device),
                 "log_factor": torch.zeros(count, device=device),
@@ -641,12 +657,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         self,
         closure: Callable[[], float] | None = None,
         *,
-        scale: float = 1.0,
-        radius_shift: float = 0.0,
+        radius_scale: float = 1.0,
         keep_step: bool = False,
     ) -> float | None:
-        """One step. scale multiplies every group's lr; radius_shift moves every region by that
-        many decades, for this step; keep_step remembers the step for `slope`.
+        """One step. radius_scale multiplies every region for this step (a schedule's share of
+        the learning rate belongs here too); keep_step remembers the step for `slope`.
 
         A gradient that is not finite skips the step and touches nothing.
         """
@@ -673,7 +688,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 kind = group["kind"] or parameter_kind("", p, set(), None)
                 directions.append(self._direction(p, kind, group, len(params)))
                 params.append(p)
-                lr = group["lr"] * scale
+                lr = group["lr"]
                 vector = kind == "vector"
                 lengths.append(lr * (1.0 if vector else self.RELATIVE_GAIN))
                 absolute.append(vector)
@@ -708,11 +723,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         weight = torch.maximum(over_cluster(norms), over_cluster(floor * sizes))
         cut = torch.ones(count, device=device)
         active = torch.zeros(count, dtype=torch.bool, device=device)
-        low, high = RADIUS_RANGE
-        radii = (self.radii() * 10.0**radius_shift).clamp(low, high)
+        radii = (self.radii() * radius_scale).clamp(max=RADIUS_RANGE[1])
         if first["use_trust_region"]:
             # Rounding Theta + d to float32 moves Theta by up to 1e-7 of itself.
-            allowed = (radii - 1.2e-7) * weight
+            allowed = (radii - 1.2e-7).clamp_min(0) * weight
             active = total > allowed
             cut = torch.where(active, allowed / total.clamp_min(1e-30), cut)
             if first["adapt_radius"]:
@@ -727,14 +741,16 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 p.addcmul_(d.to(p.dtype), f.to(p.dtype))
 
         live = total > 0
-        ratio = total / (self._region["centre"] * weight).clamp_min(1e-30)
-        stats = torch.stack([
-            torch.linalg.vector_norm(total * cut),
-            torch.linalg.vector_norm(total),
-            (active & live).sum() / live.sum().clamp_min(1),
-            radii.max(),
-            torch.log10(ratio.clamp(1e-6, 1e6))[live].mean() if count else total.sum(),
-        ])  # fmt: skip
+        ratio = total / (region["centre"] * radius_scale * weight).clamp_min(1e-30)
+        stats = torch.stack(
+            [
+                torch.linalg.vector_norm(total * cut),
+                torch.linalg.vector_norm(total),
+                (active & live).sum() / live.sum().clamp_min(1),
+                radii.max(),
+                torch.log10(ratio.clamp(1e-6, 1e6))[live].mean(),
+            ]
+        )
         taken, wished, self.active_share, radius, self.proposal_log10 = stats.tolist()
         self.info = ConstrainedUpdateInfo(
             taken, self.active_share > 0, radius, efficiency=taken / wished if wished else 1.0
@@ -763,16 +779,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         t, beta, decay = state["step"], group["momentum"], group["metric_decay"]
         state["mean"].lerp_(g, 1 - beta)
-        mean_correction = 1 - beta**t
+        ahead = torch.lerp(state["mean"] / (1 - beta**t), g, 1 - beta)  # Nesterov's look-ahead
         if kind != "matrix" or not group["use_matrix_geometry"]:
             if "square" not in state:
                 state["square"] = torch.zeros_like(g)
             state["square"].lerp_(g * g, 1 - decay)
             scale = (state["square"] / (1 - decay**t)).sqrt_().add_(1e-12)
-            return state["mean"] / (scale * mean_correction)
+            return ahead.div_(scale)
 
-        g = g.reshape(len(g), -1)
-        mean = state["mean"].view(g.shape)
+        g, ahead = g.reshape(len(g), -1), ahead.view(len(g), -1)
         left = g.shape[0] <= g.shape[1]  # precondition the smaller side
         product = g @ g.mT if left else g.mT @ g
         if "gram" not in state:
@@ -782,9 +797,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if early or "root" not in state or (t + order) % group["refresh_every"] == 0:
             gram = state["gram"] / (1 - decay**t)
             state["root"] = inverse_square_root(gram, group["damping"])
-        scale = math.sqrt(max(g.shape)) / mean_correction
-        d = state["root"] @ mean if left else mean @ state["root"]
-        return d.mul_(scale).view(p.shape)
+        d = state["root"] @ ahead if left else ahead @ state["root"]
+        return d.mul_(math.sqrt(max(g.shape))).view(p.shape)
 
 
 # -------------------------------------------------------------------------------- the manager
@@ -823,7 +837,7 @@ class HybridOptimizationManager:
     """
 
     KAPPA_RATE = 0.1  # of the running means whose ratio is kappa
-    KAPPA_TARGET = -0.1  # where the best fixed rates sat; see EXPERIMENTS.md
+    KAPPA_CALM = 0.2  # |kappa| below this says nothing about the length; see EXPERIMENTS.md
     LARGEST_WISH = 0.1  # decades a step
 
     def __init__(self, config: HybridTrainingConfig | None = None) -> None:
@@ -847,6 +861,7 @@ class HybridOptimizationManager:
         self._norm = _Running(0.05)
         self._descent, self._curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
         self._promised: float | None = None  # <g_t, s_t> of the newest step
+        self._proposal = 0.0  # log10 of its length over the region's centre
         self.kappa = 0.0
         self._multiplier = 1.0
         self._share = 1.0  # of the peak rate, by the schedule, at the newest step
@@ -894,7 +909,9 @@ class HybridOptimizationManager:
             order = np.concatenate([order, self._rng.permutation(members)])
         indices, self._orders[cluster_idx] = order[:batch_size], order[batch_size:]
         picked = torch.from_numpy(indices).to(data.device) if isinstance(data, Tensor) else indices
-        batch = data[picked] if isinstance(data, (Tensor, np.ndarray)) else [data[i] for i in picked]
+        batch = (
+            data[picked] if isinstance(data, (Tensor, np.ndarray)) else [data[i] for i in picked]
+        )
         return (batch, indices) if return_indices else batch
 
     def observe_clusters(self, clusters: Iterable[int], losses: Iterable[float]) -> None:
@@ -1005,15 +1022,24 @@ class HybridOptimizationManager:
 
         for group in self.constrained_opt.param_groups:
             group["lr"] = lr
-        self.constrained_opt.step(radius_shift=shift, keep_step=c.use_auxiliary_nn)
+        self.constrained_opt.step(
+            radius_scale=self._share * 10.0**shift, keep_step=c.use_auxiliary_nn
+        )
         if c.use_auxiliary_nn:
             self._promised = float(self.constrained_opt.slope())
+            self._proposal = self.constrained_opt.proposal_log10
         info = self.constrained_opt.info
         self.trust_radius = info.constraint_radius
         return self._record(
-            value, lr, multiplier, info.update_magnitude, info.constraint_active,
-            magnitude, self.constrained_opt.active_share, rate,
-        )  # fmt: skip
+            value,
+            lr,
+            multiplier,
+            info.update_magnitude,
+            info.constraint_active,
+            magnitude,
+            self.constrained_opt.active_share,
+            rate,
+        )
 
     def _guide(self, state: TrainingState, advise: bool) -> tuple[float, float]:
         """Teach the network what the last step showed, then ask it about this one.
@@ -1021,8 +1047,9 @@ class HybridOptimizationManager:
         With s the last step, a = <g_before, s> and b = <g_after, s> (running means), kappa = b/a
         says how much of the promised descent is still there after the step: 1 for a tiny step, 0
         at the minimum along it, negative beyond. On a quadratic 1 - kappa is proportional to the
-        step's length, so moving kappa to KAPPA_TARGET asks for the multiplier
-        m (1 - KAPPA_TARGET) / (1 - kappa).
+        step's length, so to bring kappa to the nearer end k of [-KAPPA_CALM, KAPPA_CALM] takes
+        the multiplier m (1 - k) / (1 - kappa). Inside that band the multiplier is kept: with
+        gradient noise kappa is near 0 over a wide range of good lengths.
         """
         net = self.auxiliary_nn
         if not self.config.use_auxiliary_nn:
@@ -1031,19 +1058,31 @@ class HybridOptimizationManager:
             target = None
             a = self._descent.update(self._promised)
             b = self._curved.update(float(self.constrained_opt.slope()))
-            if a < 0 and self._share > 0.5:  # below, the schedule anneals: leave it alone
+            if a < 0:
                 self.kappa = b / a
-                wish = math.log10((1 - self.KAPPA_TARGET) / min(max(1 - self.kappa, 0.1), 10.0))
+                calm = min(max(self.kappa, -self.KAPPA_CALM), self.KAPPA_CALM)
+                wish = math.log10((1 - calm) / min(max(1 - self.kappa, 0.1), 10.0))
                 wish = min(max(wish, -self.LARGEST_WISH), self.LARGEST_WISH)
+                if self._share < 0.9:  # the schedule means a small step: do not undo it
+                    wish = min(wish, 0.0)
                 target = math.log10(self._multiplier) + wish
-            net.learn(target, self.constrained_opt.proposal_log10)
+            net.learn(target, self._proposal)
         self._multiplier, shift = net.predict(state)
         return self._multiplier, shift
 
     def _record(
-        self, loss: float, lr: float, multiplier: float, update: float, active: bool,
-        magnitude: float, share: float, rate: float, *, skipped: bool = False,
-    ) -> dict[str, Any]:  # fmt: skip
+        self,
+        loss: float,
+        lr: float,
+        multiplier: float,
+        update: float,
+        active: bool,
+        magnitude: float,
+        share: float,
+        rate: float,
+        *,
+        skipped: bool = False,
+    ) -> dict[str, Any]:
         result = {
             "loss": loss,
             "learning_rate": lr,
@@ -1077,8 +1116,9 @@ class HybridOptimizationManager:
             [
                 {
                     "params": [p for _, p, k in named if k == kind],
-                    "clusters": [int(x) for (_, _, k), x in zip(named, labels, strict=True)
-                                 if k == kind],
+                    "clusters": [
+                        int(x) for (_, _, k), x in zip(named, labels, strict=True) if k == kind
+                    ],
                     "kind": kind,
                 }
                 for kind in dict.fromkeys(k for _, _, k in named)
@@ -1090,7 +1130,7 @@ class HybridOptimizationManager:
             adapt_radius=c.trust_radius_adaptation,
             use_trust_region=c.use_trust_region,
             use_matrix_geometry=c.use_matrix_geometry,
-        )  # fmt: skip
+        )
         self._model = model
 
     def _cluster_parameters(self, named: Sequence[tuple[str, nn.Parameter, str]]) -> np.ndarray:
@@ -1153,9 +1193,19 @@ class HybridOptimizationManager:
         }
 
     _PLAIN = (
-        "trust_radius", "data_labels", "parameter_labels", "metrics_history", "skipped_steps",
-        "consecutive_skips", "_promised", "_orders", "kappa", "_multiplier", "_share",
-    )  # fmt: skip
+        "trust_radius",
+        "data_labels",
+        "parameter_labels",
+        "metrics_history",
+        "skipped_steps",
+        "consecutive_skips",
+        "_promised",
+        "_proposal",
+        "_orders",
+        "kappa",
+        "_multiplier",
+        "_share",
+    )
     _AVERAGES = ("_fast", "_slow", "_norm", "_descent", "_curved")
 
     def state_dict(self) -> dict[str, Any]:

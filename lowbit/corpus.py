@@ -167,8 +167,11 @@ def into_sections(documents: Iterable[Document]) -> list[Document]:
     for name, text in documents:
         part: list[str] = []
         size = n = 0
-        paragraphs = [p[i : i + SECTION_CHARS] for p in text.split("\n\n")
-                      for i in range(0, len(p), SECTION_CHARS)]  # fmt: skip
+        paragraphs = [
+            p[i : i + SECTION_CHARS]
+            for p in text.split("\n\n")
+            for i in range(0, len(p), SECTION_CHARS)
+        ]
         for paragraph in paragraphs:
             part.append(paragraph)
             size += len(paragraph)

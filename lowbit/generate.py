@@ -70,8 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    ids = generate(model, tokenizer.encode(args.prompt), args.tokens,
-                   temperature=args.temperature, seed=args.seed)  # fmt: skip
+    ids = generate(
+        model,
+        tokenizer.encode(args.prompt),
+        args.tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+    )
     print(args.prompt + tokenizer.decode(ids))
     return 0
 

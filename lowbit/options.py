@@ -11,10 +11,10 @@ from typing import Any, NoReturn
 from lowbit import UserError
 from lowbit.student import STUDENT_SIZES
 
-#: Peak learning rates where --lr is not given, by optimiser and start of the student. Measured:
-#: benchmarks/main_job/README.md.
+#: Peak learning rates where --lr is not given, by optimiser and start of the student. Those of the
+#: hybrid and adamw come from sweeps (EXPERIMENTS.md), the others are usual values.
 DEFAULT_LR = {
-    "hybrid": {"teacher": 1e-3, "random": 4e-3},
+    "hybrid": {"teacher": 4e-4, "random": 4e-3},
     "adamw": {"teacher": 1e-3, "random": 4e-3},
     "sgd": {"teacher": 0.1, "random": 0.3},
     "muon": {"teacher": 2e-3, "random": 1e-2},
@@ -50,8 +50,16 @@ def _number(
 
 
 def _boolean(text: str) -> bool:
-    value = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False,
-             "no": False, "off": False}.get(text.lower())  # fmt: skip
+    value = {
+        "true": True,
+        "1": True,
+        "yes": True,
+        "on": True,
+        "false": False,
+        "0": False,
+        "no": False,
+        "off": False,
+    }.get(text.lower())
     if value is None:
         raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
     return value
@@ -68,76 +76,153 @@ def make_parser() -> Parser:
 
     g = parser.add_argument_group("what is trained")
     g.add_argument("--ternary", action="store_true", help="1.58-bit weights (default: 1-bit)")
-    g.add_argument("--qat", action="store_true",
-                   help="quantise in every forward pass (default: only once, at the end)")  # fmt: skip
-    g.add_argument("--learnable_scale", action="store_true",
-                   help="train the quantiser's scales (LSQ); needs --qat")  # fmt: skip
-    g.add_argument("--teacher", default="embedded", metavar="FILE",
-                   help="embedded, or a .pth or .npz that this project wrote (default embedded)")  # fmt: skip
-    g.add_argument("--student_size", default="same", choices=["same", *STUDENT_SIZES],
-                   help="same = the teacher's shape (default)")  # fmt: skip
-    g.add_argument("--student_init", choices=["teacher", "random"],
-                   help="start from the teacher's weights (default where shapes allow) or scratch")  # fmt: skip
+    g.add_argument(
+        "--qat",
+        action="store_true",
+        help="quantise in every forward pass (default: only once, at the end)",
+    )
+    g.add_argument(
+        "--learnable_scale",
+        action="store_true",
+        help="train the quantiser's scales (LSQ); needs --qat",
+    )
+    g.add_argument(
+        "--teacher",
+        default="embedded",
+        metavar="FILE",
+        help="embedded, or a .pth or .npz that this project wrote (default embedded)",
+    )
+    g.add_argument(
+        "--student_size",
+        default="same",
+        choices=["same", *STUDENT_SIZES],
+        help="same = the teacher's shape (default)",
+    )
+    g.add_argument(
+        "--student_init",
+        choices=["teacher", "random"],
+        help="start from the teacher's weights (default where shapes allow) or scratch",
+    )
 
     g = parser.add_argument_group("text")
-    g.add_argument("--data", nargs="+", default=[], metavar="PATH",
-                   help=".txt, .md, .py, .jsonl files or folders (default: the documentation of "
-                   "the Python standard library, read from this interpreter)")  # fmt: skip
+    g.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=".txt, .md, .py, .jsonl files or folders (default: the documentation of "
+        "the Python standard library, read from this interpreter)",
+    )
     g.add_argument("--seq_len", type=count, default=128, help="tokens a window (default 128)")
     g.add_argument("--batch_size", type=count, default=8, help="windows a step (default 8)")
-    g.add_argument("--samples_per_epoch", type=_number(int, 0), metavar="N",
-                   help=f"windows an epoch, 0 = all (default {STEPS_PER_EPOCH} x batch_size)")  # fmt: skip
+    g.add_argument(
+        "--samples_per_epoch",
+        type=_number(int, 0),
+        metavar="N",
+        help=f"windows an epoch, 0 = all (default {STEPS_PER_EPOCH} x batch_size)",
+    )
 
     g = parser.add_argument_group("training")
     g.add_argument("--epochs", type=count, default=20, help="epochs (default 20)")
-    g.add_argument("--lr", type=positive,
-                   help="peak learning rate; hybrid: before the multiplier (default: by optimiser "
-                   "and start; hybrid and adamw 1e-3 from the teacher)")  # fmt: skip
-    g.add_argument("--weight_decay", type=_number(float, 0),
-                   help="decoupled, a step and unit of lr (default 1e-5 hybrid, 0.01 otherwise)")  # fmt: skip
-    g.add_argument("--lr_schedule", choices=["linear", "cosine", "constant"], default="linear",
-                   help="after 5 %% warm-up; linear and cosine end at 0 (default linear)")  # fmt: skip
-    g.add_argument("--optimizer", choices=["adamw", "sgd", "muon"],
-                   help="without --hybrid (default adamw)")  # fmt: skip
-    g.add_argument("--temperature", type=positive, default=1.0,
-                   help="of the teacher's soft targets (default 1)")  # fmt: skip
-    g.add_argument("--alpha", type=_number(float, 0, 1), default=0.5,
-                   help="share of hard cross-entropy; the rest is KL to the teacher (default 0.5)")  # fmt: skip
-    g.add_argument("--hidden_weight", type=_number(float, 0), default=0.5,
-                   help="weight of the hidden-state loss, where shapes allow it (default 0.5)")  # fmt: skip
+    g.add_argument(
+        "--lr",
+        type=positive,
+        help="peak learning rate; hybrid: before the multiplier (default: by optimiser "
+        "and start; from the teacher: 4e-4 hybrid, 1e-3 adamw)",
+    )
+    g.add_argument(
+        "--weight_decay",
+        type=_number(float, 0),
+        help="decoupled, a step and unit of lr (default 1e-5 hybrid, 0.01 otherwise)",
+    )
+    g.add_argument(
+        "--lr_schedule",
+        choices=["linear", "cosine", "constant"],
+        default="linear",
+        help="after 5 %% warm-up; linear and cosine end at 0 (default linear)",
+    )
+    g.add_argument(
+        "--optimizer", choices=["adamw", "sgd", "muon"], help="without --hybrid (default adamw)"
+    )
+    g.add_argument(
+        "--temperature",
+        type=positive,
+        default=1.0,
+        help="of the teacher's soft targets (default 1)",
+    )
+    g.add_argument(
+        "--alpha",
+        type=_number(float, 0, 1),
+        default=0.5,
+        help="share of hard cross-entropy; the rest is KL to the teacher (default 0.5)",
+    )
+    g.add_argument(
+        "--hidden_weight",
+        type=_number(float, 0),
+        default=0.5,
+        help="weight of the hidden-state loss, where shapes allow it (default 0.5)",
+    )
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     g.add_argument("--seed", type=_number(int, 0, 2**31), default=0)
 
     g = parser.add_argument_group("hybrid optimisation")
     g.add_argument("--hybrid", action="store_true", help="use the hybrid optimiser")
     switch: dict[str, Any] = dict(nargs="?", const=True, type=_boolean, metavar="true|false")
-    g.add_argument("--use_clustering", help="balance batches over clusters, cluster rates (true)",
-                   **switch)  # fmt: skip
+    g.add_argument(
+        "--use_clustering", help="balance batches over clusters, cluster rates (true)", **switch
+    )
     g.add_argument("--data_clusters", type=count, metavar="N", help="clusters of windows (8)")
     g.add_argument("--param_clusters", type=count, metavar="N", help="clusters of tensors (4)")
-    g.add_argument("--clustering_warmup_epochs", type=_number(int, 0), metavar="N",
-                   help="epochs before data clusters act (0)")  # fmt: skip
+    g.add_argument(
+        "--clustering_warmup_epochs",
+        type=_number(int, 0),
+        metavar="N",
+        help="epochs before data clusters act (0)",
+    )
     g.add_argument("--use_auxiliary_nn", help="predict multiplier and radius (true)", **switch)
+    g.add_argument(
+        "--use_matrix_geometry",
+        help="whiten the steps of weight matrices (true from random, false from the teacher)",
+        **switch,
+    )
     g.add_argument("--use_trust_region", help="bound every step (true)", **switch)
-    g.add_argument("--initial_trust_radius", type=_number(float, 0, 1, open_low=True), metavar="R",
-                   help="fraction of the weights' norm a step (0.01)")  # fmt: skip
+    g.add_argument(
+        "--initial_trust_radius",
+        type=_number(float, 0, 1, open_low=True),
+        metavar="R",
+        help="fraction of the weights' norm a step (0.01)",
+    )
     g.add_argument("--trust_radius_adaptation", help="let the radius move (true)", **switch)
 
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", default="student", help="folder (default student/)")
-    g.add_argument("--save_metrics", action="store_true",
-                   help="write student_metrics.csv (and .png with the plot extra)")  # fmt: skip
+    g.add_argument(
+        "--save_metrics",
+        action="store_true",
+        help="write student_metrics.csv (and .png with the plot extra)",
+    )
     g.add_argument("--metrics_out", metavar="FILE", help="the CSV's path; implies --save_metrics")
-    g.add_argument("--eval_every", type=count, default=1, metavar="N",
-                   help="epochs between validations (default 1)")  # fmt: skip
+    g.add_argument(
+        "--eval_every",
+        type=count,
+        default=1,
+        metavar="N",
+        help="epochs between validations (default 1)",
+    )
     return parser
 
 
 HYBRID_DEFAULTS: dict[str, Any] = {
-    "use_clustering": True, "data_clusters": 8, "param_clusters": 4,
-    "clustering_warmup_epochs": 0, "use_auxiliary_nn": True, "use_trust_region": True,
-    "initial_trust_radius": 0.01, "trust_radius_adaptation": True,
-}  # fmt: skip
+    "use_clustering": True,
+    "data_clusters": 8,
+    "param_clusters": 4,
+    "clustering_warmup_epochs": 0,
+    "use_auxiliary_nn": True,
+    "use_matrix_geometry": None,  # by the student's start
+    "use_trust_region": True,
+    "initial_trust_radius": 0.01,
+    "trust_radius_adaptation": True,
+}
 
 
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
@@ -146,8 +231,11 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     spelled = []
     for arg in argv:
         flag, equals, value = arg.partition("=")
-        spelled.append(flag.replace("-", "_").replace("__", "--", 1) + equals + value
-                       if flag.startswith("--") else arg)  # fmt: skip
+        spelled.append(
+            flag.replace("-", "_").replace("__", "--", 1) + equals + value
+            if flag.startswith("--")
+            else arg
+        )
     o = make_parser().parse_args(spelled)
 
     given = [n for n in HYBRID_DEFAULTS if getattr(o, n) is not None]

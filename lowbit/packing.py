@@ -36,9 +36,13 @@ VERSION = 1
 MAX_HEADER = 1 << 20
 MAX_WEIGHTS = 1 << 33
 STREAM_DTYPES = {
-    "ternary": np.uint8, "1bit": np.uint8, "int8": np.int8, "float16": np.float16,
-    "float32": np.float32, "scales": np.uint16,
-}  # fmt: skip
+    "ternary": np.uint8,
+    "1bit": np.uint8,
+    "int8": np.int8,
+    "float16": np.float16,
+    "float32": np.float32,
+    "scales": np.uint16,
+}
 CODED = ("ternary", "1bit", "int8")
 
 _POWERS = 3 ** np.arange(5)
@@ -154,9 +158,13 @@ def save_packed(
     """Write the file, whole or not at all, and say how large it became."""
     entries, streams = encode_model(model, plain)
     header = {
-        "format": FORMAT, "version": VERSION, "config": model.config.to_dict(),
-        "tokenizer": tokenizer, "tensors": entries, "notes": notes or {},
-    }  # fmt: skip
+        "format": FORMAT,
+        "version": VERSION,
+        "config": model.config.to_dict(),
+        "tokenizer": tokenizer,
+        "tensors": entries,
+        "notes": notes or {},
+    }
     members: dict[str, np.ndarray] = {
         "header": np.frombuffer(json.dumps(header, separators=(",", ":")).encode(), np.uint8)
     }
@@ -205,8 +213,10 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[CausalLM, dict, dict]:
         raise UserError(f"{origin}: header too large")
     header = json.loads(_member(z, "header", np.uint8, None).tobytes())
     if header.get("format") != FORMAT or header.get("version") != VERSION:
-        raise UserError(f"{origin}: format {header.get('format')!r} version "
-                        f"{header.get('version')!r}, expected {FORMAT} {VERSION}")  # fmt: skip
+        raise UserError(
+            f"{origin}: format {header.get('format')!r} version "
+            f"{header.get('version')!r}, expected {FORMAT} {VERSION}"
+        )
     config = read_config(header["config"], origin)
     if not isinstance(header["tokenizer"], dict) or not isinstance(header["notes"], dict):
         raise UserError(f"{origin}: tokenizer or notes missing")
@@ -265,8 +275,10 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[CausalLM, dict, dict]:
 def _member(z: zipfile.ZipFile, name: str, dtype: type, count: int | None) -> np.ndarray:
     with z.open(f"{name}.npy") as f:
         version = np.lib.format.read_magic(f)
-        read = {(1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0}[version]  # fmt: skip
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
         shape, _, found = read(f)
         if found != np.dtype(dtype) or len(shape) != 1 or (count is not None and shape != (count,)):
             raise ValueError(f"member {name}: {found} of shape {shape}")
@@ -278,6 +290,12 @@ def _member(z: zipfile.ZipFile, name: str, dtype: type, count: int | None) -> np
 
 
 __all__ = [
-    "QATEmbedding", "SizeReport", "load_packed", "pack_bits", "pack_ternary", "save_packed",
-    "unpack_bits", "unpack_ternary",
-]  # fmt: skip
+    "QATEmbedding",
+    "SizeReport",
+    "load_packed",
+    "pack_bits",
+    "pack_ternary",
+    "save_packed",
+    "unpack_bits",
+    "unpack_ternary",
+]

@@ -137,8 +137,14 @@ class QATLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mode: str, scope: str, learnable: bool) -> QATLinear:
-        new = cls(linear.in_features, linear.out_features, mode=mode, scope=scope,
-                  learnable_scale=learnable, bias=linear.bias is not None)  # fmt: skip
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            mode=mode,
+            scope=scope,
+            learnable_scale=learnable,
+            bias=linear.bias is not None,
+        )
         new.weight = linear.weight
         new.bias = linear.bias
         new.to(linear.weight.device)

@@ -47,7 +47,7 @@ def write_csv(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
     return atomic_write(path, lambda f: f.write(text.getvalue().encode()))
 
 
-def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]], teacher: float) -> Path:
+def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
     """Losses, step control and clusters over epochs, three panels. Needs matplotlib."""
     import matplotlib
 
@@ -62,8 +62,15 @@ def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]], teache
     column = next(c for c in ("val_loss_quantized", "val_loss") if any(c in r for r in rows))
     measured = [(r["epoch"], r[column]) for r in rows if column in r]
     ax.plot(epochs, [r["train_ce"] for r in rows], color="0.6", label="student, training text")
-    ax.plot(*zip(*measured, strict=True), marker="o", ms=3, label=f"{'quantised ' * (column != 'val_loss')}student, validation")
-    ax.axhline(teacher, color="black", ls="--", lw=1, label="teacher, validation")
+    ax.plot(
+        *zip(*measured, strict=True),
+        marker="o",
+        ms=3,
+        label=f"{'quantised ' * (column != 'val_loss')}student, validation",
+    )
+    ax.axhline(
+        rows[-1]["val_loss_teacher"], color="black", ls="--", lw=1, label="teacher, validation"
+    )
     ax.set(xlabel="epoch", ylabel="cross-entropy, nats a byte", title="Loss")
     ax.legend()
 
@@ -81,8 +88,9 @@ def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]], teache
     for name in clusters or ["train_kl"]:
         label = name.removeprefix("kl_").replace("_", " ") if clusters else "all"
         ax.plot(epochs, [r[name] for r in rows], lw=1.2, label=label)
-    ax.set(xlabel="epoch", ylabel="nats a byte", yscale="log",
-           title="KL to the teacher, training text")  # fmt: skip
+    ax.set(
+        xlabel="epoch", ylabel="nats a byte", yscale="log", title="KL to the teacher, training text"
+    )
     ax.legend(ncol=2, fontsize=8)
     for ax in axes:
         ax.grid(alpha=0.25)

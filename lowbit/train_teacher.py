@@ -88,8 +88,10 @@ def train(
             if value < best_loss:
                 best_loss = value
                 best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-            log(f"step {step}: training {loss.item():.4f}, validation {value:.4f} nats/byte, "
-                f"{time.time() - started:.0f} s")  # fmt: skip
+            log(
+                f"step {step}: training {loss.item():.4f}, validation {value:.4f} nats/byte, "
+                f"{time.time() - started:.0f} s"
+            )
     model.load_state_dict(best)
     model.eval()
     return model, best_loss, curve
@@ -111,17 +113,29 @@ def main(argv: list[str] | None = None) -> int:
         prepare_folder(out.parent, "--out")
         corpus = load_corpus([], CONTEXT, tokenizer)
         tokens = np.concatenate([corpus.train[:, :-1].ravel(), corpus.train[-1, -1:]])
-        model, best, curve = train(ModelConfig(), tokens, corpus.validation[::4], steps=args.steps,
-                                   lr=args.lr, seed=args.seed, device=args.device)  # fmt: skip
+        model, best, curve = train(
+            ModelConfig(),
+            tokens,
+            corpus.validation[::4],
+            steps=args.steps,
+            lr=args.lr,
+            seed=args.seed,
+            device=args.device,
+        )
         save_packed(out, model, tokenizer.describe(), plain="float16")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
     record = {
-        "validation_loss": best, "text": corpus.fingerprint, "steps": args.steps, "lr": args.lr,
-        "seed": args.seed, "torch": torch.__version__, "python": platform.python_version(),
+        "validation_loss": best,
+        "text": corpus.fingerprint,
+        "steps": args.steps,
+        "lr": args.lr,
+        "seed": args.seed,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "curve": [{"step": s, "training": a, "validation": b} for s, a, b in curve],
-    }  # fmt: skip
+    }
     text = json.dumps(record, indent=1) + "\n"
     atomic_write(out.with_suffix(".json"), lambda f: f.write(text.encode()))
     print(f"Wrote {out} and {out.with_suffix('.json')}: {best:.4f} nats a byte")

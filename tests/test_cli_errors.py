@@ -279,8 +279,9 @@ def test_a_file_in_the_place_of_the_folder(fails: Fails, tmp_path: Path, below: 
 
 
 def test_metrics_into_a_folder(fails: Fails, tmp_path: Path) -> None:
-    (tmp_path / "table").mkdir()
-    assert "is a folder" in fails("--metrics_out", str(tmp_path / "table"))
+    (tmp_path / "table.csv").mkdir()
+    assert "is a folder" in fails("--metrics_out", str(tmp_path / "table.csv"))
+    assert "must end in .csv" in fails("--metrics_out", str(tmp_path / "table.png"))
 
 
 def test_a_loss_that_is_not_finite(

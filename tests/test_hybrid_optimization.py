@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -33,9 +34,14 @@ def make_net(seed: int = 0) -> nn.Module:
     """A model that is not ours: convolution, normalisation, embedding-free, with biases."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.LayerNorm(4 * 36), nn.Linear(4 * 36, 16),
-        nn.GELU(), nn.Linear(16, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LayerNorm(4 * 36),
+        nn.Linear(4 * 36, 16),
+        nn.GELU(),
+        nn.Linear(16, 10),
+    )
 
 
 def digits(n: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,12 +74,26 @@ def test_training_state_features_are_in_order():
 
 def test_config_defaults_are_the_documented_ones():
     want = dict(
-        use_quantization=True, quantizer_scale=1.0, target_bits=1.58, use_clustering=True,
-        data_clusters=8, parameter_clusters=4, use_auxiliary_nn=True, auxiliary_nn_hidden_size=16,
-        auxiliary_nn_learning_rate=1e-3, use_trust_region=True, initial_trust_radius=0.01,
-        trust_radius_adaptation=True, base_learning_rate=1e-3, max_steps=1000, batch_size=32,
-        momentum=0.9, weight_decay=1e-5, log_interval=10, eval_interval=50,
-    )  # fmt: skip
+        use_quantization=True,
+        quantizer_scale=1.0,
+        target_bits=1.58,
+        use_clustering=True,
+        data_clusters=8,
+        parameter_clusters=4,
+        use_auxiliary_nn=True,
+        auxiliary_nn_hidden_size=16,
+        auxiliary_nn_learning_rate=1e-3,
+        use_trust_region=True,
+        initial_trust_radius=0.01,
+        trust_radius_adaptation=True,
+        base_learning_rate=1e-3,
+        max_steps=1000,
+        batch_size=32,
+        momentum=0.9,
+        weight_decay=1e-5,
+        log_interval=10,
+        eval_interval=50,
+    )
     config = get_default_config()
     assert {k: getattr(config, k) for k in want} == want
 
@@ -81,14 +101,24 @@ def test_config_defaults_are_the_documented_ones():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("data_clusters", -1), ("data_clusters", 2.5), ("parameter_clusters", 0),
-        ("base_learning_rate", float("nan")), ("base_learning_rate", 0.0),
-        ("initial_trust_radius", 0), ("initial_trust_radius", 2), ("target_bits", 3),
-        ("momentum", 1.0), ("weight_decay", -1e-9), ("weight_decay", float("inf")),
-        ("max_steps", 0), ("use_trust_region", "yes"), ("lr_schedule", "zigzag"),
-        ("quantizer_scale", -1.0), ("auxiliary_nn_hidden_size", True),
+        ("data_clusters", -1),
+        ("data_clusters", 2.5),
+        ("parameter_clusters", 0),
+        ("base_learning_rate", float("nan")),
+        ("base_learning_rate", 0.0),
+        ("initial_trust_radius", 0),
+        ("initial_trust_radius", 2),
+        ("target_bits", 3),
+        ("momentum", 1.0),
+        ("weight_decay", -1e-9),
+        ("weight_decay", float("inf")),
+        ("max_steps", 0),
+        ("use_trust_region", "yes"),
+        ("lr_schedule", "zigzag"),
+        ("quantizer_scale", -1.0),
+        ("auxiliary_nn_hidden_size", True),
     ],
-)  # fmt: skip
+)
 def test_config_refuses_nonsense_by_name(field, value):
     with pytest.raises(ValueError, match=field):
         HybridTrainingConfig(**{field: value})
@@ -105,13 +135,22 @@ def test_config_fields_can_be_set_later():
 
 
 STEP_KEYS = {
-    "loss", "learning_rate", "lr_multiplier", "trust_radius", "update_magnitude",
-    "constraint_active", "gradient_magnitude",
-}  # fmt: skip
+    "loss",
+    "learning_rate",
+    "lr_multiplier",
+    "trust_radius",
+    "update_magnitude",
+    "constraint_active",
+    "gradient_magnitude",
+}
 SUMMARY_KEYS = {
-    "final_loss", "metrics_history", "trust_radius", "total_steps", "avg_lr_multiplier",
+    "final_loss",
+    "metrics_history",
+    "trust_radius",
+    "total_steps",
+    "avg_lr_multiplier",
     "constraint_activation_rate",
-}  # fmt: skip
+}
 
 
 def test_flat_gradients_update_every_parameter():
@@ -146,7 +185,7 @@ def test_flat_gradients_equal_own_gradients():
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_gradient_norm_only_advises(as_tensor):
     """Calling habit 2: the caller steps an optimiser of its own."""
-    model, (x, y) = make_net(), digits()
+    model = make_net()
     manager = HybridOptimizationManager()
     before = copy.deepcopy(model.state_dict())
     norm = torch.tensor(3.0) if as_tensor else 3.0
@@ -166,11 +205,11 @@ def test_wrong_length_of_gradients_is_refused():
 
 def test_training_on_digits_learns():
     model, (x, y) = make_net(), digits(512)
-    manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=60))
-    first = float(backward(model, x, y))
-    for step in range(60):
+    manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=150))
+    first = backward(model, x, y).item()
+    for step in range(150):
         manager.optimization_step(model, backward(model, x, y), None, 0, step)
-    assert float(backward(model, x, y)) < 0.2 * first
+    assert backward(model, x, y).item() < 0.2 * first
 
 
 def test_get_cluster_batch_knows_its_indices():
@@ -188,8 +227,11 @@ def test_a_cluster_is_walked_without_replacement():
     manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=3))
     labels = manager.setup_data_clustering(data)
     size = int((labels == 0).sum())
-    seen = [int(i) for _ in range(size)
-            for i in manager.get_cluster_batch(data, 1, 0, return_indices=True)[1]]  # fmt: skip
+    seen = [
+        int(i)
+        for _ in range(size)
+        for i in manager.get_cluster_batch(data, 1, 0, return_indices=True)[1]
+    ]
     assert sorted(seen) == np.flatnonzero(labels == 0).tolist()
 
 
@@ -321,9 +363,12 @@ def test_manager_corrects_a_wrong_base_rate(factor):
     model = nn.Linear(8, 8, bias=False)
     target = torch.randn(8, 8)
     config = HybridTrainingConfig(
-        base_learning_rate=0.01 * factor, lr_schedule="constant", max_steps=300,
-        use_trust_region=False, auxiliary_nn_learning_rate=0.01,
-    )  # fmt: skip
+        base_learning_rate=0.01 * factor,
+        lr_schedule="constant",
+        max_steps=300,
+        use_trust_region=False,
+        auxiliary_nn_learning_rate=0.01,
+    )
     manager = HybridOptimizationManager(config)
     for step in range(150):
         model.zero_grad()
@@ -337,7 +382,7 @@ def test_manager_corrects_a_wrong_base_rate(factor):
 
 
 @given(
-    st.lists(st.floats(-1e30, 1e30, width=32), min_size=1, max_size=20),
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=20),
     st.floats(1e-6, 1e6),
 )
 @settings(max_examples=200, deadline=None)
@@ -379,8 +424,11 @@ def test_every_step_stays_in_every_region(radius):
         cut += info["active_share"] > 0
         names = manager.parameter_labels
         for k in set(names.values()):
-            moved = sum(float((p.detach().double() - before[n]).square().sum())
-                        for n, p in model.named_parameters() if names[n] == k)  # fmt: skip
+            moved = sum(
+                float((p.detach().double() - before[n]).square().sum())
+                for n, p in model.named_parameters()
+                if names[n] == k
+            )
             size = sum(float(before[n].square().sum()) for n in names if names[n] == k)
             assert moved**0.5 <= info["trust_radius"] * size**0.5
     assert cut > 0
@@ -419,7 +467,7 @@ def reference_direction(grads: list[np.ndarray], beta: float, decay: float, damp
     t = len(grads)
     values, vectors = np.linalg.eigh(gram / (1 - decay**t))
     root = (vectors / np.sqrt(values + damping * values.mean())) @ vectors.T
-    mean = mean / (1 - beta**t)
+    mean = beta * mean / (1 - beta**t) + (1 - beta) * grads[-1]
     d = root @ mean if mean.shape[0] <= mean.shape[1] else mean @ root
     return d * math.sqrt(max(mean.shape))
 
@@ -436,24 +484,34 @@ def test_matrix_step_equals_its_float64_twin(shape):
         grads.append(g)
         p.grad = torch.tensor(g, dtype=torch.float32)
         opt.step()
-        d = reference_direction(grads, 0.9, 0.95, 1e-2)
+        d = reference_direction(grads, 0.9, 0.98, 1e-2)
         w = w - 1e-3 * 20 * np.sqrt((w**2).mean()) * d
         np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-4, atol=1e-5)
 
 
-def test_vectors_step_as_adam():
-    """Diagonal metric: equal to torch's Adam with the same betas."""
-    torch.manual_seed(0)
-    a = nn.Parameter(torch.randn(7))
-    b = nn.Parameter(a.detach().clone())
-    ours = ConstrainedOptimizer([a], lr=1e-2, use_trust_region=False)
-    theirs = torch.optim.Adam([b], lr=1e-2, betas=(0.9, 0.95), eps=1e-12)
-    for _ in range(6):
-        a.grad = torch.randn(7)
-        b.grad = a.grad.clone()
-        ours.step()
-        theirs.step()
-    torch.testing.assert_close(a, b)
+def test_vectors_step_as_adam_with_look_ahead():
+    """The diagonal metric against its formula in float64, and against torch's Adam at momentum 0
+    (where there is no look-ahead)."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=7)
+    p = nn.Parameter(torch.tensor(w, dtype=torch.float32))
+    ours = ConstrainedOptimizer([p], lr=1e-2, use_trust_region=False)
+    a, b = nn.Parameter(torch.tensor(w)), nn.Parameter(torch.tensor(w))
+    plain = ConstrainedOptimizer([a], lr=1e-2, momentum=0.0, use_trust_region=False)
+    adam = torch.optim.Adam([b], lr=1e-2, betas=(0.0, 0.98), eps=1e-12)
+    mean, square = np.zeros(7), np.zeros(7)
+    for t in range(1, 7):
+        g = rng.normal(size=7)
+        mean = 0.9 * mean + 0.1 * g
+        square = 0.98 * square + 0.02 * g * g
+        ahead = 0.9 * mean / (1 - 0.9**t) + 0.1 * g
+        w = w - 1e-2 * ahead / np.sqrt(square / (1 - 0.98**t))
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        a.grad, b.grad = torch.tensor(g), torch.tensor(g)
+        for optimizer in (ours, plain, adam):
+            optimizer.step()
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 def test_whitening_of_one_gradient_is_its_polar_factor():
@@ -579,7 +637,7 @@ def test_optimizer_works_alone():
         backward(m, x, y)
         o.step()
     same(model.state_dict(), twin.state_dict())
-    assert float(backward(model, x, y)) < float(first)
+    assert backward(model, x, y).item() < first.item()
 
 
 def test_plain_parameters_and_added_groups():
@@ -594,14 +652,22 @@ def test_plain_parameters_and_added_groups():
 
 def test_kinds():
     model = nn.ModuleDict(
-        {"emb": nn.Embedding(9, 4), "norm": nn.LayerNorm(4), "fc": nn.Linear(4, 4),
-         "head": nn.Linear(4, 9, bias=False)}
-    )  # fmt: skip
+        {
+            "emb": nn.Embedding(9, 4),
+            "norm": nn.LayerNorm(4),
+            "fc": nn.Linear(4, 4),
+            "head": nn.Linear(4, 9, bias=False),
+        }
+    )
     kinds = {n: k for n, _, k in named_kinds(model)}
     assert kinds == {
-        "emb.weight": "embedding", "norm.weight": "vector", "norm.bias": "vector",
-        "fc.weight": "matrix", "fc.bias": "vector", "head.weight": "head",
-    }  # fmt: skip
+        "emb.weight": "embedding",
+        "norm.weight": "vector",
+        "norm.bias": "vector",
+        "fc.weight": "matrix",
+        "fc.bias": "vector",
+        "head.weight": "head",
+    }
 
 
 def test_four_parameter_clusters_by_default():
@@ -639,7 +705,7 @@ def test_one_spike_does_not_move_the_running_loss():
 def test_schedule(kind):
     values = [schedule_factor(t, 100, 0.05, kind) for t in range(130)]
     assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert all(a >= b for a, b in zip(values[4:], values[5:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(values[4:]))
     assert all(v > 0 for v in values)
     if kind != "constant":
         assert values[99] < 0.02

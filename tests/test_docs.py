@@ -1,0 +1,56 @@
+"""The documents agree with the code."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from hybrid_optimization import HybridTrainingConfig
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(p.name for p in ROOT.glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_examples_run(page):
+    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S):
+        exec(compile(code, page, "exec"), {})
+
+
+def test_configuration_reference_is_the_dataclass():
+    text = (ROOT / "HYBRID_OPTIMIZATION_GUIDE.md").read_text("utf-8")
+    section = text.split("\n## Configuration\n")[1].split("\n## ")[0]
+    table = re.findall(r"^\| `(\w+)` \| (\S+) \|", section, re.M)
+    assert table == [(f.name, str(f.default)) for f in fields(HybridTrainingConfig)]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_named_files_exist(page):
+    text = (ROOT / page).read_text("utf-8")
+    links = [x.partition("#")[0] for x in re.findall(r"\]\(([^)]+)\)", text)]
+    named = re.findall(r"`((?:lowbit|benchmarks|tests)/[\w./-]+)`", text)
+    for target in [x for x in links + named if x and not x.startswith("http")]:
+        assert (ROOT / target).exists(), target
+
+
+def test_ci_runs_the_command_of_the_readme():
+    text = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"<!-- test command -->\n```bash\n(.+)\n```", text)
+    assert len(blocks) == 1
+    assert "python -m pytest" in blocks[0]
+
+
+def test_studies_carry_their_provenance():
+    """Every folder under benchmarks/ has raw runs, a summary and a README."""
+    folders = [p for p in (ROOT / "benchmarks").iterdir() if p.is_dir()]
+    assert folders
+    for folder in folders:
+        runs = [json.loads(x) for x in (folder / "runs.jsonl").read_text("utf-8").splitlines()]
+        summary = json.loads((folder / "summary.json").read_text("utf-8"))
+        assert (folder / "README.md").exists()
+        for record in [*runs, summary]:
+            assert {"commit", "cpu", "torch", "python"} <= record.keys()
