@@ -76,7 +76,10 @@ def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int
     started = time.perf_counter()
     setup = distillation.set_up(options)
     rows, _ = distillation.train(
-        setup, lambda line: None, cluster_batches="--cluster_batches" in METHODS[method]
+        setup,
+        lambda line: None,
+        cluster_batches="--cluster_batches" in METHODS[method],
+        bar=False,
     )
     seconds = time.perf_counter() - started
     column = "val_loss_quantized" if options.qat else "val_loss"
@@ -224,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
                 selected.append(found)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.code
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept and the same command goes on", file=sys.stderr)
         return 130

@@ -28,7 +28,7 @@ from hybrid_optimization import (
     named_kinds,
     schedule_factor,
 )
-from lowbit import UserError
+from lowbit import RunFailed, UserError
 from lowbit.checkpoint import prepare_folder, save_float32
 from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
 from lowbit.generate import generate
@@ -261,7 +261,7 @@ def make_step(
                 opt.step()
             lr = s.lr * factor
             if not math.isfinite(loss):
-                raise UserError("the loss is not finite; use a smaller --lr, or --hybrid")
+                raise RunFailed("the loss is not finite; use a smaller --lr, or --hybrid")
         seconds = time.perf_counter() - started
         return StepResult(loss, float(ce.mean().detach()), kls, lr, seconds, control)
 
@@ -323,11 +323,12 @@ def teacher_loss(windows: np.ndarray, reference: list[torch.Tensor]) -> float:
 
 
 def train(
-    s: Setup, say: Callable[[str], None], *, cluster_batches: bool = False
+    s: Setup, say: Callable[[str], None], *, cluster_batches: bool = False, bar: bool = True
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All epochs. Returns the metric rows (one an epoch) and the summary.
 
-    cluster_batches gives a run without --hybrid the cluster-balanced batches (for comparisons).
+    cluster_batches gives a run without --hybrid the cluster-balanced batches (for comparisons);
+    bar shows progress on stderr.
     """
     o = s.options
     everything = np.zeros(len(s.corpus.train), dtype=int)
@@ -351,7 +352,9 @@ def train(
     rows: list[dict[str, Any]] = []
     started = time.perf_counter()
     t = 0
-    with tqdm(total=s.max_steps, unit="step", file=sys.stderr, leave=False) as bar:
+    with tqdm(
+        total=s.max_steps, unit="step", file=sys.stderr, leave=False, disable=not bar
+    ) as progress:
         for epoch in range(o.epochs):
             if epoch == o.clustering_warmup_epochs and clusters.any():
                 sampler = StratifiedSampler(clusters, o.batch_size, o.seed)
@@ -363,9 +366,9 @@ def train(
                 results.append(step(t, indices))
                 picked.append(indices)
                 t += 1
-                bar.update()
+                progress.update()
                 if manager and manager.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-                    raise UserError(
+                    raise RunFailed(
                         f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or "
                         "gradient that is not finite; check the teacher and --data"
                     )
@@ -419,7 +422,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     }
     vocabulary = s.tokenizer.describe()
     if not math.isfinite(full.loss):
-        raise UserError("the student's loss is not finite; use a smaller --lr, or --hybrid")
+        raise RunFailed("the student's loss is not finite; use a smaller --lr, or --hybrid")
     save_float32(paths["float32"], s.student.config, state, vocabulary)
     if not o.qat:
         quantize_model(s.student, o.mode)
@@ -474,7 +477,7 @@ def main(argv: list[str] | None = None) -> int:
         save(setup, rows, say)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.code
     except KeyboardInterrupt:
         print("interrupted; no file was written", file=sys.stderr)
         return 130

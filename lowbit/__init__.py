@@ -6,5 +6,13 @@ __version__ = "0.1.0"
 class UserError(Exception):
     """A mistake in what the user asked for: one line that says what, where and what to do.
 
-    Command-line entry points print it on stderr and exit with code 2.
+    Command-line entry points print it on stderr and exit with ``code``.
     """
+
+    code = 2
+
+
+class RunFailed(UserError):
+    """A run that started properly and could not go on."""
+
+    code = 1

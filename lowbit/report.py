@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,8 @@ def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Pat
     clusters = [k for k in rows[0] if k.startswith("kl_cluster_")]
     for name in clusters or ["train_kl"]:
         label = name.removeprefix("kl_").replace("_", " ") if clusters else "all"
-        ax.plot(epochs, [r[name] for r in rows], lw=1.2, label=label)
+        values = [math.nan if r[name] == "" else r[name] for r in rows]  # no window that epoch
+        ax.plot(epochs, values, lw=1.2, label=label)
     ax.set(
         xlabel="epoch", ylabel="nats a byte", yscale="log", title="KL to the teacher, training text"
     )
