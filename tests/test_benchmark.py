@@ -21,11 +21,11 @@ def test_summary_of_known_runs():
     runs = [run("Baseline SGD", s, 2.0 + s, [(10, 3.0), (20, 2.0)]) for s in range(2)]
     runs += [run("AdamW", s, 1.0, [(10, 2.5), (20, 1.0)]) for s in range(2)]
     summary = benchmark.summarise(runs, None)
-    assert summary["target"] == 2.5
+    assert summary["target"] == 2.0
     sgd, adamw = summary["table"]
     assert (sgd["final_loss"], adamw["final_loss"]) == (2.5, 1.0)
     assert sgd["final_loss_ci95"] == pytest.approx(12.706 * 0.5, rel=1e-3)
-    assert (sgd["steps_to_target"], adamw["steps_to_target"]) == (20, 10)
+    assert (sgd["steps_to_target"], adamw["steps_to_target"]) == (20, 20)
     lines = benchmark.format_table(summary)
     assert lines[0].split(" | ")[0].strip() == "Method"
     assert [x.strip() for x in lines[0].split("|")] == [
