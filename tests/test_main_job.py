@@ -242,13 +242,6 @@ def test_ternary_without_qat_trains_in_full_precision(run, monkeypatch):
     assert seen == [0, 8]  # seven linear layers and the embedding of one block
 
 
-def test_divergence_fails_in_one_line(run):
-    """The baselines have no guard: a loss that is not finite ends the run with exit code 1."""
-    code, _, folder = run("--epochs", "3", "--optimizer", "sgd", "--lr", "1e30")
-    assert code == 1
-    assert list(folder.iterdir()) == []
-
-
 def test_an_epoch_is_sixteen_batches_by_default(run):
     _, lines, _ = run("--epochs", "2", "--batch_size", "2", "--seq_len", "32", small=False)
     assert "Total Steps: 32" in lines
