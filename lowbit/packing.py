@@ -28,7 +28,7 @@ import torch
 
 from lowbit import UserError
 from lowbit.checkpoint import atomic_write, build_model, read_config
-from lowbit.quantization import QATEmbedding, QATLinear, low_bit_layers
+from lowbit.quantization import QATLinear, low_bit_layers
 from lowbit.student import CausalLM
 
 FORMAT = "lowbit-packed"
@@ -287,15 +287,3 @@ def _member(z: zipfile.ZipFile, name: str, dtype: type, count: int | None) -> np
         if len(data) != shape[0] * found.itemsize:
             raise ValueError(f"member {name}: wrong length")
         return np.frombuffer(data, found)
-
-
-__all__ = [
-    "QATEmbedding",
-    "SizeReport",
-    "load_packed",
-    "pack_bits",
-    "pack_ternary",
-    "save_packed",
-    "unpack_bits",
-    "unpack_ternary",
-]
