@@ -1,26 +1,32 @@
-"""Compare optimisers on the distillation task: methods x seeds -> table, JSON, CSV and plot.
+"""Compare optimisers on the distillation task: a quick look, or the full studies.
 
     python benchmark_hybrid_optimization.py
+    python benchmark_hybrid_optimization.py --study convergence --tasks conversion
 
-Every run is appended to ``runs.jsonl`` in the output folder as it ends, keyed by its settings: a
-study that was interrupted goes on where it stopped, and more seeds grow it.
+Every run is appended to ``runs.jsonl`` in the study's folder as it ends, keyed by its settings: a
+study that was interrupted goes on where it stopped, and more seeds, tasks or methods grow it.
 
-"Steps to Converge" is the first validated step at which a run's loss reached the *target*: what
-the first method in the table ended at on the windows that are validated after every epoch (its
-mean over seeds), unless --target gives another. Schedules end at the last step, so a crossing
-earlier than that is reached without the benefit of annealing. "Final Loss" is measured on all
-validation windows.
+The quick look trains each method for the same steps. "Steps to Converge" is there the first
+validated step at which a run's loss reached the target: what the first method in the table ended
+at (its mean over seeds), unless --target gives another. The convergence study is stricter: steps
+to the target are the smallest horizon, with the schedule ending there, whose mean over seeds
+reaches what the tuned baseline ends at. "Final Loss" is measured on EVALUATION_WINDOWS held-out
+windows.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
-import platform
-import subprocess
+import math
 import sys
+import sysconfig
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,86 +35,379 @@ import torch
 from tqdm import tqdm
 
 import distillation
-from lowbit import UserError, __version__
+from lowbit import RunFailed, UserError
 from lowbit.checkpoint import atomic_write, prepare_folder
-from lowbit.options import Parser, parse_options
+from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options
+from lowbit.study import (
+    RunLog,
+    gap_reduction,
+    machine,
+    mean_interval,
+    ratio,
+    smallest_horizon,
+    steps_ratio,
+)
 
-#: Method -> what it adds to the common command line. The first is the reference of the table.
+EVALUATION_WINDOWS = 512
+TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
+
+#: Method -> its flags. --cluster_batches is ours alone: batches balanced over clusters.
 METHODS: dict[str, list[str]] = {
     "Baseline SGD": ["--optimizer", "sgd", "--lr_schedule", "constant"],
     "SGD + LR schedule": ["--optimizer", "sgd"],
     "SGD + clustering": ["--optimizer", "sgd", "--cluster_batches"],
     "AdamW": ["--optimizer", "adamw"],
+    "AdamW + clustering": ["--optimizer", "adamw", "--cluster_batches"],
+    "AdamW + calibration": ["--optimizer", "adamw", "--calibrate"],
+    "Muon": ["--optimizer", "muon"],
+    "Schedule-Free AdamW": ["--optimizer", "schedulefree", "--lr_schedule", "constant"],
+    "Prodigy": ["--optimizer", "prodigy"],
     "Full hybrid": ["--hybrid"],
+    "Hybrid - auxiliary network": ["--hybrid", "--use_auxiliary_nn=false"],
+    "Hybrid - trust region": ["--hybrid", "--use_trust_region=false"],
+    "Hybrid - data clustering": ["--hybrid", "--use_clustering=false"],
+    "Hybrid - parameter clustering": ["--hybrid", "--param_clusters", "1"],
+    "Hybrid - matrix geometry": ["--hybrid", "--use_matrix_geometry=false"],
+    "Hybrid - calibration": ["--hybrid", "--calibrate=false"],
 }
-T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 %
+QUICK = ["Baseline SGD", "SGD + LR schedule", "SGD + clustering", "AdamW", "Full hybrid"]
 
 
-def machine() -> dict[str, Any]:
-    """What a reader needs to place the numbers."""
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=root,
-        text=True,
-        capture_output=True,
-        check=False,
-    ).stdout.strip()
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return {
-        "commit": commit,
-        "version": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "cpu": cpu,
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+@dataclass(frozen=True)
+class Task:
+    """flags: of distillation.py. steps: the baseline's horizon. rates: where tuning starts."""
+
+    flags: str
+    steps: int
+    rates: dict[str, float]
+
+
+FROM_SCRATCH = {"AdamW": 4e-3, "Muon": 1e-2, "Schedule-Free AdamW": 4e-3, "Prodigy": 1.0}
+#: {stdlib} stands for the folder of the standard library's source code.
+SOURCE_CODE = " ".join(
+    "{stdlib}/" + name for name in ("asyncio", "email", "http", "importlib", "json", "unittest")
+)
+TASKS: dict[str, Task] = {
+    "conversion": Task(
+        "--ternary --qat --student_init teacher",
+        400,
+        {"AdamW": 1e-3, "Muon": 2e-3, "Schedule-Free AdamW": 1e-3, "Prodigy": 1.0},
+    ),
+    "scratch": Task("--ternary --qat --student_init random", 800, FROM_SCRATCH),
+    "scratch_small": Task(
+        "--ternary --qat --student_init random --student_size small", 800, FROM_SCRATCH
+    ),
+    "full_precision": Task("--ternary --calibrate=false --student_init random", 800, FROM_SCRATCH),
+    "heldout": Task(
+        f"--ternary --qat --student_init random --data {SOURCE_CODE}", 800, FROM_SCRATCH
+    ),
+}
+HORIZONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of the baseline's steps
+
+
+# ------------------------------------------------------------------------------------- one run
 
 
 def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int) -> dict[str, Any]:
-    """One training run, all overheads (clustering, network) inside ``seconds``."""
+    """One training run, all overheads (calibration, clustering, network) inside ``seconds``.
+
+    A run that diverges has final_loss inf.
+    """
     flags = [f for f in flags if f != "--cluster_batches"]
-    options = parse_options([*common, *flags, "--seed", str(seed)])
+    stdlib = sysconfig.get_paths()["stdlib"]
+    words = [x.replace("{stdlib}", stdlib) for x in (*common, *flags)]
     started = time.perf_counter()
-    setup = distillation.set_up(options)
-    rows, _ = distillation.train(
-        setup,
-        lambda line: None,
-        cluster_batches="--cluster_batches" in METHODS[method],
-        bar=False,
-    )
+    setup = distillation.set_up(parse_options([*words, "--seed", str(seed)]))
+    result: dict[str, Any] = {"lr": setup.lr, "steps": setup.max_steps}
+    result["text"] = setup.corpus.fingerprint
+    try:
+        rows, _ = distillation.train(
+            setup,
+            lambda line: None,
+            cluster_batches="--cluster_batches" in METHODS[method],
+            bar=False,
+        )
+    except RunFailed:
+        return {**result, "final_loss": math.inf, "final_kl": math.inf, "curve": []}
     seconds = time.perf_counter() - started
-    column = "val_loss_quantized" if options.qat else "val_loss"
-    curve = [(row["step"], row[column]) for row in rows if column in row]
-    windows = setup.corpus.validation
+    column = "val_loss_quantized" if setup.options.qat else "val_loss"
+    windows = distillation.pick_windows(setup.corpus.validation, EVALUATION_WINDOWS)
     reference = distillation.logits_of(setup.teacher, windows, setup.device)
     final = distillation.validate(setup.student, windows, reference, setup.device)
+    finite = math.isfinite(final.loss)
     return {
-        "method": method,
-        "seed": seed,
-        "final_loss": final.loss,
-        "final_kl": final.kl,
-        "curve": curve,
+        **result,
+        "final_loss": final.loss if finite else math.inf,
+        "final_kl": final.kl if finite else math.inf,
+        "teacher_loss": distillation.teacher_loss(windows, reference),
+        "windows": len(windows),
+        "curve": [(row["step"], row[column]) for row in rows if column in row],
+        "activation": float(np.mean([row.get("activation_rate", 0.0) for row in rows])),
         "seconds": seconds,
-        "lr": setup.lr,
         "step_seconds": float(np.median([row["median_step_seconds"] for row in rows])),
-        "steps": setup.max_steps,
-        "text": setup.corpus.fingerprint,
     }
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of the 95 % t-interval); nan half width for one value."""
-    n = len(values)
-    if n < 2:
-        return float(np.mean(values)), float("nan")
-    return float(np.mean(values)), float(T_QUANTILE.get(n, 2.3) * np.std(values, ddof=1) / n**0.5)
+class Bench:
+    """Runs of a study: what is in the log is not run again."""
+
+    def __init__(self, folder: Path, jobs: int, device: str) -> None:
+        self.folder, self.jobs, self.device = folder, jobs, device
+        self.log = RunLog(folder / "runs.jsonl")
+        self.where = machine()
+        self.bar = tqdm(unit="run", file=sys.stderr, leave=False)
+
+    def key(
+        self, method: str, task: str, steps: int, seed: int, extra: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        flags = [*task.split(), "--device", self.device, "--epochs", str(steps // STEPS_PER_EPOCH)]
+        return {"method": method, "seed": seed, "task": flags, "flags": [*METHODS[method], *extra]}
+
+    def run(self, keys: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records of ``keys``, in their order."""
+        keys = list(keys)
+        missing = [k for k in keys if self.log.find(k) is None]
+        self.bar.total = (self.bar.total or 0) + len(missing)
+        arguments = [(k["method"], k["flags"], k["task"], k["seed"]) for k in missing]
+        if self.jobs > 1 and len(missing) > 1:
+            threads = max(1, torch.get_num_threads() // self.jobs)
+            with ProcessPoolExecutor(
+                self.jobs, initializer=torch.set_num_threads, initargs=(threads,)
+            ) as pool:
+                results = pool.map(run_once, *zip(*arguments, strict=True))
+                for k, result in zip(missing, results, strict=True):
+                    self._keep(k, result)
+        else:
+            for k, a in zip(missing, arguments, strict=True):
+                self.bar.set_description(f"{k['method']}, seed {k['seed']}")
+                self._keep(k, run_once(*a))
+        found = [self.log.find(k) for k in keys]
+        return [r for r in found if r is not None]
+
+    def _keep(self, key: dict[str, Any], result: dict[str, Any]) -> None:
+        self.log.append({**key, **result, **self.where})
+        self.bar.update()
+
+    def losses(
+        self,
+        method: str,
+        task: str,
+        steps: int,
+        seeds: int,
+        extra: Sequence[str] = (),
+        column: str = "final_loss",
+    ) -> list[float]:
+        keys = [self.key(method, task, steps, seed, extra) for seed in range(seeds)]
+        return [r[column] for r in self.run(keys)]
+
+
+def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
+    """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
+    is interior, then the other schedules at that rate. One seed, which no result uses."""
+
+    def loss(rate: float, schedule: str) -> float:
+        extra = ["--lr", f"{rate:g}", "--lr_schedule", schedule]
+        (run,) = bench.run([bench.key(method, task.flags, task.steps, TUNING_SEED, extra)])
+        table.append({"lr": rate, "schedule": schedule, "loss": run["final_loss"]})
+        return run["final_loss"]
+
+    table: list[dict[str, Any]] = []
+    start = task.rates[method]
+    found = {r: loss(r, "linear") for r in (start / 2, start, start * 2)}
+    while (best := min(found, key=found.__getitem__)) in (min(found), max(found)):
+        if len(found) > 7:
+            break
+        further = best / 2 if best == min(found) else best * 2
+        found[further] = loss(further, "linear")
+    schedules = {"linear": found[best]}
+    schedules |= {s: loss(best, s) for s in ("cosine", "wsd")}
+    schedule = min(schedules, key=schedules.__getitem__)
+    return ["--lr", f"{best:g}", "--lr_schedule", schedule], table
+
+
+# ------------------------------------------------------------------------------------- studies
+
+
+def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Steps and seconds to what tuned AdamW ends at, per task."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        task = TASKS[name]
+        entry: dict[str, Any] = {"baseline_steps": task.steps, "seeds": seeds, "tuning": {}}
+        for baseline in [m for m in methods if m in task.rates]:
+            best, table = tune(bench, baseline, task)
+            entry["tuning"][baseline] = {"chosen": best, "table": table}
+            keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
+            reference = bench.run(keys)
+            target = [r["final_loss"] for r in reference]
+            horizons: dict[int, list[dict[str, Any]]] = {}
+            spare = 1  # one horizon beyond the first that reaches the target, for the interval
+            for share in HORIZONS:
+                steps = STEPS_PER_EPOCH * round(share * task.steps / STEPS_PER_EPOCH)
+                keys = [bench.key("Full hybrid", task.flags, steps, s) for s in range(seeds)]
+                horizons[steps] = bench.run(keys)
+                if np.mean([r["final_loss"] for r in horizons[steps]]) <= np.mean(target):
+                    spare -= 1
+                    if spare < 0:
+                        break
+            losses = {h: [r["final_loss"] for r in rs] for h, rs in horizons.items()}
+            label = baseline.split()[0].lower().replace("-", "_")
+            entry[f"{label}_loss"] = mean_interval(target)
+            entry[f"{label}_kl"] = mean_interval([r["final_kl"] for r in reference])
+            entry[f"steps_ratio_vs_{label}"] = steps_ratio(losses, target, task.steps)
+            reached = smallest_horizon(losses, float(np.mean(target)), np.arange(seeds))
+            if math.isfinite(reached):
+                hit = horizons[int(reached)]
+                base_seconds = [r["seconds"] for r in reference]
+                entry[f"seconds_ratio_vs_{label}"] = ratio(
+                    [r["seconds"] for r in hit], base_seconds
+                )
+            entry["hybrid_losses"] = {str(h): mean_interval(x) for h, x in losses.items()}
+            entry["hybrid_kl"] = {
+                str(h): mean_interval([r["final_kl"] for r in rs]) for h, rs in horizons.items()
+            }
+        summary[name] = entry
+    return {"tasks": summary}
+
+
+def lr_sensitivity(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Final loss over base rates from 1/10 to 30 times the default, above the best, in per cent."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        task = TASKS[name]
+        entry: dict[str, Any] = {}
+        for method in methods:
+            hybrid = METHODS[method][0] == "--hybrid"
+            start = "teacher" if "teacher" in task.flags else "random"
+            centre = distillation.DEFAULT_LR["hybrid"][start] if hybrid else task.rates[method]
+            table = {}
+            for factor in (0.1, 0.3, 1, 3, 10, 30):
+                rate = f"{centre * factor:g}"
+                losses = bench.losses(method, task.flags, 320, seeds, ["--lr", rate])
+                table[rate] = float(np.mean(losses))
+            best = min(table.values())
+            excess = {r: 100 * (x / best - 1) for r, x in table.items()}
+            entry[method] = {
+                "losses": table,
+                "excess_percent": excess,
+                "worst_excess_loss": max(excess.values()) / 100,
+            }
+        summary[name] = entry
+    return {"tasks": summary, "seeds": seeds, "steps": 320}
+
+
+def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Loss of quantised students above the best full-precision student of the same size, start
+    and number of steps, by any of the methods."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        flags = TASKS[name].flags
+        if "--qat" not in flags.split():
+            continue
+        full = flags.replace("--qat", "--calibrate=false")
+        floats = {m: bench.losses(m, full, 320, seeds) for m in ("AdamW", "Full hybrid")}
+        reference = min(floats.values(), key=np.mean)
+        entry: dict[str, Any] = {
+            "full_precision": {m: mean_interval(x) for m, x in floats.items()},
+        }
+        for bits, low in (("ternary", flags), ("1bit", flags.replace("--ternary ", ""))):
+            plain = bench.losses("AdamW", low, 320, seeds)
+            guided = bench.losses("Full hybrid", low, 320, seeds)
+            entry[bits] = {
+                "adamw": mean_interval(plain),
+                "hybrid": mean_interval(guided),
+                "adamw_gap": float(np.mean(plain) - np.mean(reference)),
+                "hybrid_gap": float(np.mean(guided) - np.mean(reference)),
+                "hybrid_own_gap": float(np.mean(guided) - np.mean(floats["Full hybrid"])),
+                "adamw_own_gap": float(np.mean(plain) - np.mean(floats["AdamW"])),
+                "gap_reduction": gap_reduction(plain, guided, reference),
+            }
+        summary[name] = entry
+    return {"tasks": summary, "seeds": seeds, "steps": 320}
+
+
+def overhead(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Time a step against AdamW: medians over short runs that alternate on the same machine."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        keys = [
+            bench.key(m, TASKS[name].flags, 4 * STEPS_PER_EPOCH, s)
+            for s in range(seeds)
+            for m in ("AdamW", "Full hybrid")
+        ]
+        runs = bench.run(keys)
+        seconds = {
+            m: [r["step_seconds"] for r in runs if r["method"] == m]
+            for m in ("AdamW", "Full hybrid")
+        }
+        summary[name] = {
+            "adamw_step_seconds": mean_interval(seconds["AdamW"]),
+            "hybrid_step_seconds": mean_interval(seconds["Full hybrid"]),
+            "step_time_ratio": ratio(seconds["Full hybrid"], seconds["AdamW"]),
+        }
+    return {"tasks": summary, "seeds": seeds}
+
+
+def batch_size(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Batches a quarter, one and four times the default, rates untouched: losses, diverged runs.
+    A run has diverged when it ends above where it was after its first epoch."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        entry: dict[str, Any] = {}
+        for method in methods:
+            for batch in (2, 8, 32):
+                flags = f"{TASKS[name].flags} --batch_size {batch}"
+                keys = [bench.key(method, flags, 96, s) for s in range(seeds)]
+                runs = bench.run(keys)
+                diverged = [
+                    not math.isfinite(r["final_loss"]) or r["curve"][-1][1] > r["curve"][0][1]
+                    for r in runs
+                ]
+                finite = [r["final_loss"] for r in runs if math.isfinite(r["final_loss"])]
+                entry.setdefault(method, {})[str(batch)] = {
+                    "diverged": sum(diverged),
+                    "runs": len(runs),
+                    "loss": mean_interval(finite) if finite else None,
+                }
+        summary[name] = entry
+    return {"tasks": summary, "steps": 96}
+
+
+def ablation(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """The hybrid without one part at a time, and AdamW with the parts that it can take."""
+    rows = [m for m in METHODS if "Hybrid" in m or m.startswith(("AdamW", "Full"))]
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        flags = TASKS[name].flags
+        convertible = "--student_init teacher" in flags
+        whole = bench.losses("Full hybrid", flags, 320, seeds)
+        entry = {}
+        for method in rows:
+            if "calibration" in method and not convertible:
+                continue
+            losses = bench.losses(method, flags, 320, seeds)
+            kl = bench.losses(method, flags, 320, seeds, column="final_kl")
+            entry[method] = {
+                "loss": mean_interval(losses),
+                "kl": mean_interval(kl),
+                "loss_ratio_vs_full": ratio(losses, whole),
+            }
+        summary[name] = entry
+    return {"tasks": summary, "seeds": seeds, "steps": 320}
+
+
+#: study -> (function, default seeds, tasks, methods)
+STUDIES: dict[str, tuple[Any, int, list[str], list[str]]] = {
+    "convergence": (convergence, 5, list(TASKS), ["AdamW", "Muon"]),
+    "lr-sensitivity": (lr_sensitivity, 1, ["conversion", "scratch"], ["AdamW", "Full hybrid"]),
+    "quantization": (quantization, 3, ["scratch"], ["AdamW", "Full hybrid"]),
+    "overhead": (overhead, 5, ["conversion", "scratch"], ["AdamW", "Full hybrid"]),
+    "batch-size": (batch_size, 20, ["scratch_small"], ["Full hybrid"]),
+    "ablation": (ablation, 3, ["conversion", "scratch"], []),
+}
+
+
+# ---------------------------------------------------------------------------------- quick look
 
 
 def first_crossing(curve: Sequence[Sequence[float]], target: float) -> int | None:
@@ -121,7 +420,7 @@ def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str,
     by_method = {m: rs for m, rs in by_method.items() if rs}
     if target is None:
         reference = next(iter(by_method.values()))
-        target = float(np.mean([r["curve"][-1][1] for r in reference]))
+        target = float(np.mean([r["curve"][-1][1] if r["curve"] else math.inf for r in reference]))
     table = []
     for method, rs in by_method.items():
         loss, loss_ci = mean_interval([r["final_loss"] for r in rs])
@@ -161,13 +460,42 @@ def format_table(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
+def quantization_rows(
+    low: Sequence[dict[str, Any]], full: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Loss above the best full-precision student, a row for each method in ``low``."""
+    means = {
+        m: np.array([r["final_loss"] for r in full if r["method"] == m])
+        for m in {r["method"] for r in full}
+    }
+    best = min(means.values(), key=np.mean)
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in low if r["method"] in means):
+        gaps = np.array([r["final_loss"] for r in low if r["method"] == method]) - best
+        mean, half = mean_interval(list(gaps))
+        rows.append({"method": method, "quantization_error": mean, "ci95": half, "n": len(gaps)})
+    return rows
+
+
+def format_quantization(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"{'Method':<20} | Quantization error, nats a byte"]
+    lines.append("-" * len(lines[0]))
+    for r in rows:
+        lines.append(f"{r['method']:<20} | {r['quantization_error']:.4f} +- {r['ci95']:.4f}")
+    lines.append(
+        "Loss of the quantized student above the best full-precision student (either optimiser) "
+        "after the same steps."
+    )
+    return lines
+
+
 def plot(path: Path, runs: Sequence[dict[str, Any]], target: float) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
     for method in METHODS:
-        curves = [r["curve"] for r in runs if r["method"] == method]
+        curves = [r["curve"] for r in runs if r["method"] == method and r["curve"]]
         if curves:
             steps = [step for step, _ in curves[0]]
             values = np.array([[loss for _, loss in c] for c in curves])
@@ -184,89 +512,141 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], target: float) -> None:
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
 
 
+def quick_look(o: argparse.Namespace, folder: Path) -> None:
+    """The classical table, and the quantisation-error table where both kinds of run are there."""
+    bench = Bench(folder, o.jobs, o.device)
+    methods = o.methods or QUICK
+    steps = o.epochs * STEPS_PER_EPOCH
+    keys = [bench.key(m, o.task, steps, s) for s in range(o.seeds) for m in methods]
+    paired = [m for m in ("AdamW", "Full hybrid") if m in methods]
+    words = o.task.split()
+    full_keys = []
+    if len(paired) == 2 and "--qat" in words:
+        task = " ".join("--calibrate=false" if w == "--qat" else w for w in words)
+        full_keys = [bench.key(m, task, steps, s) for s in range(o.seeds) for m in paired]
+    runs, full = bench.run(keys), bench.run(full_keys)
+    bench.bar.close()
+    summary = {"task": keys[0]["task"], **bench.where, **summarise(runs, o.target)}
+    print("\n".join(format_table(summary)))
+    if full:
+        rows = summary["quantization"] = quantization_rows(
+            [r for r in runs if r["method"] in paired], full
+        )
+        print("\n" + "\n".join(format_quantization(rows)))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, summary["table"][0])
+    writer.writeheader()
+    writer.writerows(summary["table"])
+    written = [
+        bench.log.path,
+        write_json(folder / "summary.json", summary),
+        atomic_write(folder / "summary.csv", lambda f: f.write(out.getvalue().encode())),
+    ]
+    try:
+        plot(folder / "summary.png", runs, summary["target"])
+        written.append(folder / "summary.png")
+    except ImportError:
+        print("No picture: pip install matplotlib")
+    for path in written:
+        print(f"Wrote {path}")
+
+
+# ---------------------------------------------------------------------------------- command line
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Strict JSON: what is not finite becomes null."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    text = json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+    return atomic_write(path, lambda f: f.write(text.encode()))
+
+
+def print_summary(value: Any, prefix: str = "") -> None:
+    """Estimates and intervals of a study, a line each."""
+    if isinstance(value, dict) and "ci95" in value:
+        low, high = value["ci95"]
+        print(f"{prefix}: {value['value']:.3f} [{low:.3f}, {high:.3f}], n = {value['n']}")
+    elif isinstance(value, dict):
+        for k, v in value.items():
+            if k != "tuning":
+                print_summary(v, f"{prefix} / {k}" if prefix else str(k))
+    elif isinstance(value, tuple):
+        print(f"{prefix}: {value[0]:.4f} +- {value[1]:.4f}")
+    elif isinstance(value, (int, float)):
+        print(f"{prefix}: {value:.4g}")
+
+
+def run_study(name: str, o: argparse.Namespace, folder: Path) -> None:
+    function, seeds, tasks, methods = STUDIES[name]
+    bench = Bench(folder, o.jobs, o.device)
+    seeds = o.seeds if o.seeds is not None else seeds
+    found = function(bench, seeds, o.tasks or tasks, o.methods or methods)
+    bench.bar.close()
+    print(name)
+    print_summary(found)
+    path = write_json(folder / "summary.json", {"study": name, **bench.where, **found})
+    print(f"Wrote {bench.log.path}\nWrote {path}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         prog="benchmark_hybrid_optimization.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs a method (default 3)")
-    parser.add_argument("--epochs", type=int, default=10, help="epochs a run (default 10)")
+    parser.add_argument(
+        "--study", choices=[*STUDIES, "all"], help="a full study (default: the quick look)"
+    )
+    parser.add_argument(
+        "--seeds", type=int, help="runs a method (default 3; a study has its own default)"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=list(METHODS),
         metavar="NAME",
-        help=f"among: {', '.join(METHODS)} (default all)",
+        help=f"among: {', '.join(METHODS)} (default: {', '.join(QUICK)})",
     )
-    parser.add_argument("--target", type=float, help="validation loss that counts as converged")
-    parser.add_argument("--output_dir", default="benchmark", help="folder (default benchmark/)")
     parser.add_argument(
+        "--tasks", nargs="+", choices=list(TASKS), metavar="NAME", help="of a study (default all)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--output_dir", default="benchmark", help="folder (default benchmark/)")
+    g = parser.add_argument_group("quick look")
+    g.add_argument("--epochs", type=int, default=10, help="epochs of 16 steps a run (default 10)")
+    g.add_argument("--target", type=float, help="validation loss that counts as converged")
+    g.add_argument(
         "--task",
         default="--ternary --qat --student_size small",
         help='distillation.py flags of every run (default "%(default)s")',
     )
-    options = parser.parse_args(argv)
+    o = parser.parse_args(argv)
     try:
-        if options.seeds < 1 or options.epochs < 1:
-            raise UserError("--seeds and --epochs must be at least 1")
-        folder = prepare_folder(options.output_dir)
-        common = [*options.task.split(), "--epochs", str(options.epochs)]
-        parse_options(common)
-        log = folder / "runs.jsonl"
-        where = machine()
-        runs = read_runs(log)
-        wanted = [(m, s) for s in range(options.seeds) for m in options.methods or METHODS]
-        selected = []
-        with tqdm(wanted, unit="run", file=sys.stderr, leave=False) as bar:
-            for method, seed in bar:
-                bar.set_description(f"{method}, seed {seed}")
-                key = {"method": method, "seed": seed, "task": common, "flags": METHODS[method]}
-                found = next((r for r in runs if all(r.get(k) == v for k, v in key.items())), None)
-                if found is None:
-                    found = {**key, **run_once(method, METHODS[method], common, seed), **where}
-                    append_run(log, found)
-                selected.append(found)
+        for name in ("seeds", "epochs", "jobs"):
+            if (value := getattr(o, name)) is not None and value < 1:
+                raise UserError(f"--{name} must be at least 1")
+        if o.study:
+            for name in STUDIES if o.study == "all" else [o.study]:
+                run_study(name, o, prepare_folder(Path(o.output_dir) / name))
+        else:
+            o.seeds = o.seeds or 3
+            parse_options(o.task.split())
+            quick_look(o, prepare_folder(o.output_dir))
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.code
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept and the same command goes on", file=sys.stderr)
         return 130
-    summary = {"task": common, **where, **summarise(selected, options.target)}
-    print("\n".join(format_table(summary)))
-    text = json.dumps(summary, indent=1) + "\n"
-    written = [atomic_write(folder / "summary.json", lambda f: f.write(text.encode()))]
-    try:
-        plot(folder / "summary.png", selected, summary["target"])
-        written.append(folder / "summary.png")
-    except ImportError:
-        print("No picture: pip install matplotlib")
-    for path in [log, *written]:
-        print(f"Wrote {path}")
     return 0
-
-
-def append_run(log: Path, record: dict[str, Any]) -> None:
-    """Add a line; a last line that was cut short by a killed run is ended first."""
-    text = json.dumps(record) + "\n"
-    if log.exists() and not log.read_bytes().endswith(b"\n"):
-        text = "\n" + text
-    with log.open("a", encoding="utf-8") as f:
-        f.write(text)
-
-
-def read_runs(log: Path) -> list[dict[str, Any]]:
-    """Finished runs of an earlier call; a last line that was cut short is ignored."""
-    if not log.exists():
-        return []
-    runs = []
-    for line in log.read_text("utf-8").splitlines():
-        try:
-            runs.append(json.loads(line))
-        except ValueError:
-            continue
-    return runs
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ files, summary. What the run is made of is in ``lowbit/``; the optimiser in
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,14 @@ import torch
 from tqdm import tqdm
 
 from hybrid_optimization import (
+    ConstrainedOptimizer,
     HybridOptimizationManager,
     HybridTrainingConfig,
     named_kinds,
     schedule_factor,
 )
 from lowbit import RunFailed, UserError
+from lowbit.calibration import calibrate
 from lowbit.checkpoint import prepare_folder, save_float32
 from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
 from lowbit.generate import generate
@@ -42,6 +46,7 @@ from lowbit.teacher import load_teacher
 from lowbit.tokenizer import ByteTokenizer
 
 WARMUP_FRACTION = 0.05  # of all steps
+CALIBRATION_TOKENS = 8192
 QUICK_WINDOWS = 64  # validation windows after an epoch
 FINAL_WINDOWS = 256  # validation windows at the end
 EVAL_BATCH = 16  # windows
@@ -94,10 +99,21 @@ def make_student(o: argparse.Namespace, teacher: CausalLM) -> CausalLM:
         )
     if o.use_matrix_geometry is None:  # it does not pay in a conversion: EXPERIMENTS.md
         o.use_matrix_geometry = o.student_init == "random"
+    converts = o.student_init == "teacher" or not o.qat
+    if o.calibrate and not converts:
+        raise UserError("--calibrate with --qat needs --student_init teacher: nothing to round yet")
+    if o.calibrate is None:
+        o.calibrate = o.hybrid and converts and not o.learnable_scale
     student = CausalLM(config).initialise(o.seed)
     if o.student_init == "teacher":
         student.load_state_dict(teacher.state_dict())
     return student
+
+
+def calibration_windows(o: argparse.Namespace, corpus: Corpus) -> np.ndarray:
+    """Training windows to round by, (n, seq_len + 1): CALIBRATION_TOKENS, the seed's choice."""
+    count = min(len(corpus.train), math.ceil(CALIBRATION_TOKENS / o.seq_len))
+    return corpus.train[np.random.default_rng(o.seed).permutation(len(corpus.train))[:count]]
 
 
 def output_paths(o: argparse.Namespace) -> dict[str, Path]:
@@ -142,6 +158,9 @@ def set_up(o: argparse.Namespace) -> Setup:
     student = make_student(o, teacher).to(device)
     if o.qat:
         quantize_model(student, o.mode, learnable_scale=o.learnable_scale)
+        if o.calibrate:
+            ids, _ = batch_of(calibration_windows(o, corpus), device)
+            calibrate(student, teacher.to(device), ids)
     lr = o.lr if o.lr is not None else DEFAULT_LR[o.method][o.student_init]
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
     return Setup(o, device, tokenizer, corpus, teacher.to(device), student, per_epoch, lr)
@@ -165,6 +184,7 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
             initial_trust_radius=o.initial_trust_radius,
             trust_radius_adaptation=o.trust_radius_adaptation,
             base_learning_rate=s.lr,
+            step_length=ConstrainedOptimizer.RELATIVE_GAIN * DEFAULT_LR["hybrid"][o.student_init],
             max_steps=s.max_steps,
             batch_size=o.batch_size,
             weight_decay=o.weight_decay,
@@ -177,22 +197,48 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
 
 
 def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
-    """torch's own optimisers. Muon takes the blocks' matrices, AdamW the rest at a fifth of lr."""
+    """Published optimisers. Muon takes the blocks' matrices, AdamW the rest at a fifth of lr."""
     o = s.options
     named = named_kinds(s.student)
     matrices = [p for _, p, kind in named if kind == "matrix"]
     rest = [p for _, p, kind in named if kind != "matrix"]
     everything = [p for _, p, _ in named]
+    decay = dict(weight_decay=o.weight_decay)
     if o.method == "sgd":
-        return [torch.optim.SGD(everything, s.lr, momentum=0.9, weight_decay=o.weight_decay)]
+        return [torch.optim.SGD(everything, s.lr, momentum=0.9, **decay)]
     if o.method == "muon":
         return [
-            torch.optim.Muon(
-                matrices, s.lr, weight_decay=o.weight_decay, adjust_lr_fn="match_rms_adamw"
-            ),
-            torch.optim.AdamW(rest, s.lr / 5, betas=(0.9, 0.95), weight_decay=o.weight_decay),
+            torch.optim.Muon(matrices, s.lr, adjust_lr_fn="match_rms_adamw", **decay),
+            torch.optim.AdamW(rest, s.lr / 5, betas=(0.9, 0.95), **decay),
         ]
-    return [torch.optim.AdamW(everything, s.lr, betas=(0.9, 0.95), weight_decay=o.weight_decay)]
+    try:
+        if o.method == "schedulefree":  # its own warm-up would be a second one
+            from schedulefree import AdamWScheduleFree
+
+            schedule_free = AdamWScheduleFree(everything, s.lr, betas=(0.9, 0.95), **decay)
+            schedule_free.train()
+            return [schedule_free]
+        if o.method == "prodigy":
+            from prodigyopt import Prodigy
+
+            return [Prodigy(everything, s.lr, betas=(0.9, 0.95), **decay)]
+    except ImportError as e:
+        raise UserError(
+            f"--optimizer {o.method} needs the package {e.name}: pip install {e.name}"
+        ) from e
+    return [torch.optim.AdamW(everything, s.lr, betas=(0.9, 0.95), **decay)]
+
+
+@contextmanager
+def averaged(baseline: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Inside, the model has the weights to be judged by, where they are not those that are stepped
+    (Schedule-Free)."""
+    switches: list[Any] = [opt for opt in baseline if hasattr(opt, "eval")]
+    for opt in switches:
+        opt.eval()
+    yield
+    for opt in switches:
+        opt.train()
 
 
 # ------------------------------------------------------------------------------- training step
@@ -215,11 +261,13 @@ def batch_of(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, t
 
 
 def make_step(
-    s: Setup, manager: HybridOptimizationManager | None, clusters: np.ndarray
+    s: Setup,
+    manager: HybridOptimizationManager | None,
+    baseline: list[torch.optim.Optimizer],
+    clusters: np.ndarray,
 ) -> Callable[[int, np.ndarray], StepResult]:
     """The function that does one training step on the windows of the given indices."""
     o = s.options
-    baseline = [] if manager else make_baseline(s)
     peaks = [[g["lr"] for g in opt.param_groups] for opt in baseline]
     bf16 = s.device.type == "cuda"
     same_blocks = (
@@ -346,7 +394,8 @@ def train(
     quick = pick_windows(s.corpus.validation, QUICK_WINDOWS)
     reference = logits_of(s.teacher, quick, s.device)
     teacher = teacher_loss(quick, reference)
-    step = make_step(s, manager, clusters)
+    baseline = [] if manager else make_baseline(s)
+    step = make_step(s, manager, baseline, clusters)
     sampler = StratifiedSampler(everything, o.batch_size, o.seed)
     codes = snapshot_codes(s.student)
     rows: list[dict[str, Any]] = []
@@ -380,7 +429,8 @@ def train(
             kl = np.concatenate([r.kl for r in results])
             row["train_kl"] = float(np.nanmean(kl))
             if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
-                found = validate(s.student, quick, reference, s.device)
+                with averaged(baseline):
+                    found = validate(s.student, quick, reference, s.device)
                 row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
                 row["val_kl"], row["val_loss_teacher"] = found.kl, teacher
             row["lr"] = float(np.mean([r.lr for r in results]))
@@ -402,6 +452,9 @@ def train(
             row["seconds"] = time.perf_counter() - started
             rows.append(row)
             say(epoch_line(epoch, row))
+    for opt in baseline:
+        if hasattr(opt, "eval"):  # Schedule-Free: the weights to keep
+            opt.eval()
     summary = manager.get_summary() if manager else {"total_steps": t}
     summary["final_loss"] = rows[-1]["train_loss"]
     return rows, summary
@@ -425,7 +478,10 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
         raise RunFailed("the student's loss is not finite; use a smaller --lr, or --hybrid")
     save_float32(paths["float32"], s.student.config, state, vocabulary)
     if not o.qat:
+        unrounded = copy.deepcopy(s.student)
         quantize_model(s.student, o.mode)
+        if o.calibrate:
+            calibrate(s.student, unrounded, batch_of(calibration_windows(o, s.corpus), s.device)[0])
     notes = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
     size = save_packed(paths["packed"], s.student, vocabulary, notes=notes)
     student = load_packed(paths["packed"])[0].to(s.device).eval()

@@ -122,10 +122,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight_decay": (_number(0, math.inf), "a finite number of at least 0"),
     "log_interval": _COUNT,
     "eval_interval": _COUNT,
+    "step_length": _POSITIVE,
     "warmup_fraction": (_number(0, 0.5), "a fraction of max_steps in [0, 0.5]"),
     "lr_schedule": (
-        lambda x: x in ("linear", "cosine", "constant"),
-        "'linear', 'cosine' or 'constant'",
+        lambda x: x in ("linear", "cosine", "wsd", "constant"),
+        "'linear', 'cosine', 'wsd' or 'constant'",
     ),
     "use_matrix_geometry": _BOOLEAN,
     "clustering_warmup_steps": (_integer(0), "an integer of at least 0"),
@@ -139,7 +140,9 @@ class HybridTrainingConfig:
     construction and when a field is set later.
 
     Units: max_steps, log_interval, eval_interval and clustering_warmup_steps in steps;
-    initial_trust_radius in fractions of ||Theta_c||_2 a step; target_bits in bits a weight.
+    initial_trust_radius in fractions of ||Theta_c||_2 a step; step_length in fractions of a
+    weight's root mean square, what a step at the schedule's peak would be if all gradients agreed
+    (momentum leaves a tenth to a third of it); target_bits in bits a weight.
     The fields about quantisation, batches and intervals are read by the caller's loop
     (``distillation.py``); the manager itself does not quantise.
     """
@@ -163,6 +166,7 @@ class HybridTrainingConfig:
     weight_decay: float = 1e-5
     log_interval: int = 10
     eval_interval: int = 50
+    step_length: float = 0.02
     warmup_fraction: float = 0.05
     lr_schedule: str = "linear"
     use_matrix_geometry: bool = True
@@ -179,14 +183,18 @@ class HybridTrainingConfig:
 def schedule_factor(step: int, max_steps: int, warmup_fraction: float, kind: str) -> float:
     """Share of the peak learning rate at a step (from 0): linear warm-up, then ``kind``.
 
-    'linear' and 'cosine' fall to 0 at max_steps; beyond, they stay at the last step's value.
+    'linear' and 'cosine' fall to 0 at max_steps; 'wsd' (warm-up, stable, decay) stays at the peak
+    and falls linearly to 0 over the last fifth. Beyond max_steps they stay at the last value.
     """
     warmup = max(1, round(warmup_fraction * max_steps))
     if step < warmup:
         return (step + 1) / warmup
     if kind == "constant":
         return 1.0
-    left = min(max(max_steps - step, 1) / max(1, max_steps - warmup), 1.0)
+    remaining = max(max_steps - step, 1)
+    if kind == "wsd":
+        return min(remaining / max(1, round(0.2 * max_steps)), 1.0)
+    left = min(remaining / max(1, max_steps - warmup), 1.0)
     return left if kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
 
@@ -520,11 +528,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     weight matrix (out, in) the linear model <M, D> is minimised in the metric learned from
     gradients on the smaller side,
     D = -(E[G G^T])^(-1/2) M: the one-sided Shampoo step (Gupta et al., arXiv 1802.09568; ASGO,
-    arXiv 2503.20762), whose noise-free limit is Muon's -polar(M). Other parameters use the
-    diagonal metric, which is Adam (arXiv 1412.6980) with look-ahead (Dozat 2016).
+    arXiv 2503.20762), whose noise-free limit is Muon's -polar(M); then the other side is
+    normalised by its running root mean squares (NorMuon, arXiv 2510.05491). Other parameters use
+    the diagonal metric, which is Adam (arXiv 1412.6980) with look-ahead (Dozat 2016).
 
     Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
-    square of the proposed entries is up to 2 % of the weights'. Vectors move as in Adam.
+    square of the proposed entries is up to 2 % of the weights'. Vectors move as in Adam at 3 lr.
 
     Region. For each parameter cluster c the proposal d_c, decay included, is cut to
     ||d_c||_2 <= mu_c ||Theta_c||_2 (||Theta_c|| at least a tenth of a usual start's, so that
@@ -539,6 +548,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
     RECENTRE = 0.1
     RELATIVE_GAIN = 20.0  # lr 1e-3 -> 2 % of the weights' root mean square
+    VECTOR_GAIN = 3.0  # entries of vectors move by at most 3 lr
 
     def __init__(
         self,
@@ -546,14 +556,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         lr: float = 1e-3,
         *,
         momentum: float = 0.9,
-        metric_decay: float = 0.98,
+        metric_decay: float = 0.95,
         weight_decay: float = 0.0,
         initial_radius: float = 0.01,
         adapt_radius: bool = True,
         use_trust_region: bool = True,
         use_matrix_geometry: bool = True,
         refresh_every: int = 10,
-        damping: float = 1e-2,
+        damping: float = 0.1,
         active_share: float = 0.3,
     ) -> None:
         defaults = dict(
@@ -626,12 +636,18 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 taken = self.state[p].get("taken") if p in self.state else None
                 if p.grad is not None and taken is not None:
-                    total = total.to(p.device) + torch.sum(p.grad * taken)
+                    product = torch.dot(p.grad.float().reshape(-1), taken.reshape(-1))
+                    total = total.to(p.device) + product
         return total
 
     def radii(self) -> Tensor:
         """mu_c for each cluster (C,), fractions of ||Theta_c||_2."""
         return self._region["centre"] * torch.exp(self._region["log_factor"])
+
+    def scale_regions(self, factor: float) -> None:
+        """Multiply the centre of every region (a fraction of ||Theta_c||)."""
+        centre = self._region["centre"]
+        centre.copy_((centre * factor).clamp(*RADIUS_RANGE))
 
     @property
     def _region(self) -> dict[str, Tensor]:
@@ -658,10 +674,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         closure: Callable[[], float] | None = None,
         *,
         radius_scale: float = 1.0,
+        cap: float = 1.0,
         keep_step: bool = False,
+        gradient_norm: Tensor | None = None,
     ) -> float | None:
         """One step. radius_scale multiplies every region for this step (a schedule's share of
-        the learning rate belongs here too); keep_step remembers the step for `slope`.
+        the learning rate belongs here too); cap, in (0, 1], cuts every proposal to that share
+        before its region is asked; keep_step remembers the step for `slope`; gradient_norm
+        spares its computation where the caller knows it.
 
         A gradient that is not finite skips the step and touches nothing.
         """
@@ -669,7 +689,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not bool(torch.isfinite(self.gradient_norm())):
+        if gradient_norm is None or closure is not None:
+            gradient_norm = self.gradient_norm()
+        if not bool(torch.isfinite(gradient_norm)):
             self.info = ConstrainedUpdateInfo(0.0, False, self.info.constraint_radius)
             return loss
 
@@ -690,7 +712,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 params.append(p)
                 lr = group["lr"]
                 vector = kind == "vector"
-                lengths.append(lr * (1.0 if vector else self.RELATIVE_GAIN))
+                lengths.append(lr * (self.VECTOR_GAIN if vector else self.RELATIVE_GAIN))
                 absolute.append(vector)
                 floors.append(0.1 if vector else 0.1 / math.sqrt(p[0].numel()))
                 decays.append(lr * group["weight_decay"])
@@ -704,7 +726,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         floor = torch.tensor(floors, device=device)
         own = torch.maximum(norms / sizes, floor)
         own = torch.where(torch.tensor(absolute, device=device), torch.ones_like(own), own)
-        length = torch.tensor(lengths, device=device) * own
+        length = torch.tensor(lengths, device=device) * own * cap
         if any(decays):
             share = torch.tensor(decays, device=device) / length.clamp_min(1e-30)
             for d, p, w in zip(directions, params, share, strict=True):
@@ -731,14 +753,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             cut = torch.where(active, allowed / total.clamp_min(1e-30), cut)
             if first["adapt_radius"]:
                 self._adapt(region, active, total > 0, first["active_share"])
+            active = active | (cap < 1)
         factor = -length * cut[index]
-        for p, d, f in zip(params, directions, factor, strict=True):
+        torch._foreach_mul_(directions, list(factor.unbind()))
+        for p, d in zip(params, directions, strict=True):
+            p.add_(d)
             if keep_step:
-                d.mul_(f)
                 self.state[p]["taken"] = d
-                p.add_(d)
-            else:
-                p.addcmul_(d.to(p.dtype), f.to(p.dtype))
 
         live = total > 0
         ratio = total / (region["centre"] * radius_scale * weight).clamp_min(1e-30)
@@ -752,6 +773,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             ]
         )
         taken, wished, self.active_share, radius, self.proposal_log10 = stats.tolist()
+        wished /= cap
         self.info = ConstrainedUpdateInfo(
             taken, self.active_share > 0, radius, efficiency=taken / wished if wished else 1.0
         )
@@ -779,16 +801,21 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         state["step"] += 1
         t, beta, decay = state["step"], group["momentum"], group["metric_decay"]
         state["mean"].lerp_(g, 1 - beta)
-        ahead = torch.lerp(state["mean"] / (1 - beta**t), g, 1 - beta)  # Nesterov's look-ahead
+        # Nesterov's look-ahead beta mean / (1 - beta^t) + (1 - beta) g, up to its factor.
+        factor = beta / (1 - beta**t)
+        if factor > 0:
+            ahead = torch.add(state["mean"], g, alpha=(1 - beta) / factor)
+        else:
+            ahead, factor = g.clone(), 1.0
         if kind != "matrix" or not group["use_matrix_geometry"]:
             if "square" not in state:
                 state["square"] = torch.zeros_like(g)
             state["square"].lerp_(g * g, 1 - decay)
-            scale = (state["square"] / (1 - decay**t)).sqrt_().add_(1e-12)
-            return ahead.div_(scale)
+            scale = state["square"].sqrt().mul_(1 / math.sqrt(1 - decay**t)).add_(1e-12)
+            return ahead.div_(scale.mul_(1 / factor))
 
         g, ahead = g.reshape(len(g), -1), ahead.view(len(g), -1)
-        left = g.shape[0] <= g.shape[1]  # precondition the smaller side
+        left = g.shape[0] < g.shape[1]  # the smaller side; of a square matrix the inputs' side
         product = g @ g.mT if left else g.mT @ g
         if "gram" not in state:
             state["gram"] = torch.zeros_like(product)
@@ -798,7 +825,17 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             gram = state["gram"] / (1 - decay**t)
             state["root"] = inverse_square_root(gram, group["damping"])
         d = state["root"] @ ahead if left else ahead @ state["root"]
-        return d.mul_(math.sqrt(max(g.shape))).view(p.shape)
+
+        # The other side: each column (row) divided by its running root mean square, and the whole
+        # brought back to the length it had.
+        size = torch.linalg.vector_norm(d, dim=0 if left else 1, keepdim=True)
+        if "other" not in state:
+            state["other"] = torch.zeros_like(size)
+        state["other"].lerp_(size * size, 1 - decay)
+        weight = state["other"].clamp_min(1e-30).rsqrt()
+        length = torch.linalg.vector_norm(size)
+        weight *= length / torch.linalg.vector_norm(size * weight).clamp_min(1e-30)
+        return d.mul_(weight.mul_(factor * math.sqrt(max(g.shape)))).view(p.shape)
 
 
 # -------------------------------------------------------------------------------- the manager
@@ -836,9 +873,11 @@ class HybridOptimizationManager:
     A loss or a gradient that is not finite skips the step and changes nothing.
     """
 
-    KAPPA_RATE = 0.1  # of the running means whose ratio is kappa
-    KAPPA_CALM = 0.2  # |kappa| below this says nothing about the length; see EXPERIMENTS.md
-    LARGEST_WISH = 0.1  # decades a step
+    KAPPA_RATE = 0.2  # of the running means whose ratio is kappa
+    KAPPA = (-0.4, 0.3)  # between these the length is left alone; see EXPERIMENTS.md
+    GAIN = 0.4  # decades an observation, for each unit of kappa beyond them
+    GUIDED = 0.3  # share of the run after which the length is left to the schedule
+    SETTLE = 0.05  # share of the run in which regions are fitted to the proposals at once
 
     def __init__(self, config: HybridTrainingConfig | None = None) -> None:
         self.config = c = config if config is not None else HybridTrainingConfig()
@@ -861,9 +900,10 @@ class HybridOptimizationManager:
         self._norm = _Running(0.05)
         self._descent, self._curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
         self._promised: float | None = None  # <g_t, s_t> of the newest step
-        self._proposal = 0.0  # log10 of its length over the region's centre
+        self._proposal: float | None = None  # log10 of its length over the region's centre
         self.kappa = 0.0
-        self._multiplier = 1.0
+        self._length = math.log10(c.step_length)  # wanted, at the schedule's peak
+        self._peak = 0.0  # the largest base rate seen
         self._share = 1.0  # of the peak rate, by the schedule, at the newest step
         self._cluster_loss: dict[int, _Running] = {}
         self._rng = np.random.default_rng(c.seed)
@@ -1011,23 +1051,33 @@ class HybridOptimizationManager:
 
         c = self.config
         state = self.compute_training_state(value, magnitude, cluster_id, step)
-        multiplier, shift = self._guide(state, advise)
-        self._share = 1.0 if base_lr is not None else self.schedule(step)
+        base = base_lr if base_lr is not None else c.base_learning_rate * self.schedule(step)
+        self._peak = max(self._peak, base if base_lr is not None else c.base_learning_rate)
+        multiplier, shift, cap = self._guide(state, advise)
+        self._share = base / self._peak
         rates = self.cluster_rates(step)
         rate = float(rates[cluster_id]) if 0 <= cluster_id < len(rates) else 1.0
-        base = base_lr if base_lr is not None else c.base_learning_rate * self._share
         lr = base * multiplier * rate
         if advise:
             return self._record(value, lr, multiplier, 0.0, False, magnitude, 0.0, rate)
 
         for group in self.constrained_opt.param_groups:
             group["lr"] = lr
+        every_second = c.use_auxiliary_nn and len(self.metrics_history) % 2 == 0
+        measure = every_second and step < self.GUIDED * c.max_steps
         self.constrained_opt.step(
-            radius_scale=self._share * 10.0**shift, keep_step=c.use_auxiliary_nn
+            radius_scale=self._share * 10.0**shift,
+            cap=cap,
+            keep_step=measure,
+            gradient_norm=norm,
         )
-        if c.use_auxiliary_nn:
+        if measure:
             self._promised = float(self.constrained_opt.slope())
+        if every_second:
             self._proposal = self.constrained_opt.proposal_log10
+        if c.use_auxiliary_nn and c.trust_radius_adaptation and step < self.SETTLE * c.max_steps:
+            excess = min(max(self.constrained_opt.proposal_log10 + 0.1, -0.5), 0.5)
+            self.constrained_opt.scale_regions(10.0 ** (0.5 * excess))
         info = self.constrained_opt.info
         self.trust_radius = info.constraint_radius
         return self._record(
@@ -1041,34 +1091,47 @@ class HybridOptimizationManager:
             rate,
         )
 
-    def _guide(self, state: TrainingState, advise: bool) -> tuple[float, float]:
-        """Teach the network what the last step showed, then ask it about this one.
+    def _guide(self, state: TrainingState, advise: bool) -> tuple[float, float, float]:
+        """(multiplier, decades by which to shift the radius, cap): what the last step showed.
 
         With s the last step, a = <g_before, s> and b = <g_after, s> (running means), kappa = b/a
         says how much of the promised descent is still there after the step: 1 for a tiny step, 0
-        at the minimum along it, negative beyond. On a quadratic 1 - kappa is proportional to the
-        step's length, so to bring kappa to the nearer end k of [-KAPPA_CALM, KAPPA_CALM] takes
-        the multiplier m (1 - k) / (1 - kappa). Inside that band the multiplier is kept: with
-        gradient noise kappa is near 0 over a wide range of good lengths.
+        at the minimum along it, negative beyond; (1 + kappa)/2 is the trust-region ratio of actual
+        to predicted reduction on a quadratic. Above KAPPA[1] the wanted length of a step grows,
+        below KAPPA[0] it shrinks, ever more slowly; between them, and once GUIDED of the run is
+        over, it stays, and the schedule anneals. The network learns to foresee that correction.
+
+        The multiplier is what brings the base rate to the wanted length, so the base rate itself
+        hardly matters; what a multiplier of 0.1 leaves too long, cap cuts.
         """
         net = self.auxiliary_nn
         if not self.config.use_auxiliary_nn:
-            return 1.0, 0.0
-        if not advise and self._promised is not None:
-            target = None
+            return 1.0, 0.0, 1.0
+        if advise:
+            multiplier, shift = net.predict(state)
+            return multiplier, shift, 1.0
+        wish = None
+        if self._promised is not None:
             a = self._descent.update(self._promised)
             b = self._curved.update(float(self.constrained_opt.slope()))
+            self._promised = None
             if a < 0:
                 self.kappa = b / a
-                calm = min(max(self.kappa, -self.KAPPA_CALM), self.KAPPA_CALM)
-                wish = math.log10((1 - calm) / min(max(1 - self.kappa, 0.1), 10.0))
-                wish = min(max(wish, -self.LARGEST_WISH), self.LARGEST_WISH)
-                if self._share < 0.9:  # the schedule means a small step: do not undo it
-                    wish = min(wish, 0.0)
-                target = math.log10(self._multiplier) + wish
-            net.learn(target, self._proposal)
-        self._multiplier, shift = net.predict(state)
-        return self._multiplier, shift
+                low, high = self.KAPPA
+                excess = max(self.kappa - high, 0.0) + min(self.kappa - low, 0.0)
+                excess = min(max(excess, -0.5), 0.5)
+                left = 1 - state.step_number / (self.GUIDED * self.config.max_steps)
+                wish = self.GAIN * excess * self._share * max(left, 0.0)
+                self._length += wish
+        if self._proposal is not None:
+            net.learn(wish, self._proposal)
+            self._proposal = None
+        foreseen, shift = net.predict(state)
+        nominal = self.constrained_opt.RELATIVE_GAIN * self._peak
+        wanted = self._length + math.log10(foreseen) - math.log10(nominal)
+        low, high = (math.log10(x) for x in MULTIPLIER_RANGE)
+        clipped = min(max(wanted, low), high)
+        return 10.0**clipped, shift, 10.0 ** min(wanted - clipped, 0.0)
 
     def _record(
         self,
@@ -1203,7 +1266,8 @@ class HybridOptimizationManager:
         "_proposal",
         "_orders",
         "kappa",
-        "_multiplier",
+        "_length",
+        "_peak",
         "_share",
     )
     _AVERAGES = ("_fast", "_slow", "_norm", "_descent", "_curved")

@@ -14,10 +14,12 @@ from lowbit.student import STUDENT_SIZES
 #: Peak learning rates where --lr is not given, by optimiser and start of the student. Those of the
 #: hybrid and adamw come from sweeps (EXPERIMENTS.md), the others are usual values.
 DEFAULT_LR = {
-    "hybrid": {"teacher": 4e-4, "random": 4e-3},
+    "hybrid": {"teacher": 3e-4, "random": 4e-3},
     "adamw": {"teacher": 1e-3, "random": 4e-3},
     "sgd": {"teacher": 0.1, "random": 0.3},
     "muon": {"teacher": 2e-3, "random": 1e-2},
+    "schedulefree": {"teacher": 1e-3, "random": 4e-3},
+    "prodigy": {"teacher": 1.0, "random": 1.0},
 }
 STEPS_PER_EPOCH = 16
 
@@ -73,6 +75,7 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     count, positive = _number(int, 1), _number(float, 0, open_low=True)
+    switch: dict[str, Any] = dict(nargs="?", const=True, type=_boolean, metavar="true|false")
 
     g = parser.add_argument_group("what is trained")
     g.add_argument("--ternary", action="store_true", help="1.58-bit weights (default: 1-bit)")
@@ -85,6 +88,12 @@ def make_parser() -> Parser:
         "--learnable_scale",
         action="store_true",
         help="train the quantiser's scales (LSQ); needs --qat",
+    )
+    g.add_argument(
+        "--calibrate",
+        help="round with second-order information where a float model is converted: at the start "
+        "with --qat and --student_init teacher, at the end without --qat (true with --hybrid)",
+        **switch,
     )
     g.add_argument(
         "--teacher",
@@ -128,7 +137,7 @@ def make_parser() -> Parser:
         "--lr",
         type=positive,
         help="peak learning rate; hybrid: before the multiplier (default: by optimiser "
-        "and start; from the teacher: 4e-4 hybrid, 1e-3 adamw)",
+        "and start; from the teacher: 3e-4 hybrid, 1e-3 adamw)",
     )
     g.add_argument(
         "--weight_decay",
@@ -137,12 +146,15 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--lr_schedule",
-        choices=["linear", "cosine", "constant"],
+        choices=["linear", "cosine", "wsd", "constant"],
         default="linear",
-        help="after 5 %% warm-up; linear and cosine end at 0 (default linear)",
+        help="after 5 %% warm-up; wsd is flat and falls in the last fifth; all but constant end "
+        "at 0 (default linear)",
     )
     g.add_argument(
-        "--optimizer", choices=["adamw", "sgd", "muon"], help="without --hybrid (default adamw)"
+        "--optimizer",
+        choices=["adamw", "sgd", "muon", "schedulefree", "prodigy"],
+        help="without --hybrid (default adamw); the last two need the bench extra",
     )
     g.add_argument(
         "--temperature",
@@ -167,7 +179,6 @@ def make_parser() -> Parser:
 
     g = parser.add_argument_group("hybrid optimisation")
     g.add_argument("--hybrid", action="store_true", help="use the hybrid optimiser")
-    switch: dict[str, Any] = dict(nargs="?", const=True, type=_boolean, metavar="true|false")
     g.add_argument(
         "--use_clustering", help="balance batches over clusters, cluster rates (true)", **switch
     )
@@ -245,6 +256,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--optimizer {o.optimizer} contradicts --hybrid; give one of them")
     if o.learnable_scale and not o.qat:
         raise UserError("--learnable_scale needs --qat")
+    if o.learnable_scale and o.calibrate:
+        raise UserError("--calibrate contradicts --learnable_scale: its scales are closed forms")
     for needs, names in {
         "use_clustering": ("data_clusters", "clustering_warmup_epochs"),
         "use_trust_region": ("initial_trust_radius", "trust_radius_adaptation"),

@@ -40,13 +40,6 @@ def test_a_method_that_misses_the_target_says_so():
     assert "0 of 1 runs" in benchmark.format_table(summary)[3]
 
 
-def test_interval():
-    mean, half = benchmark.mean_interval([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert math.isnan(benchmark.mean_interval([1.0])[1])
-
-
 def test_runs_are_cached_and_grow(tmp_path, text_file, tiny_teacher, capsys, monkeypatch):
     task = (
         f"--ternary --qat --data {text_file} --teacher {tiny_teacher} --seq_len 32 "
@@ -62,20 +55,97 @@ def test_runs_are_cached_and_grow(tmp_path, text_file, tiny_teacher, capsys, mon
     monkeypatch.setattr(benchmark, "run_once", count)
     command = ["--epochs", "2", "--task", task, "--output_dir", str(tmp_path)]
     assert benchmark.main([*command, "--seeds", "1"]) == 0
-    assert done == [(m, 0) for m in benchmark.METHODS]
+    full = [("AdamW", 0), ("Full hybrid", 0)]  # in full precision
+    assert done == [(m, 0) for m in benchmark.QUICK] + full
     with (tmp_path / "runs.jsonl").open("a") as f:
         f.write('{"cut off')  # a killed writer
     assert benchmark.main([*command, "--seeds", "1"]) == 0
-    assert len(done) == len(benchmark.METHODS)
+    assert len(done) == len(benchmark.QUICK) + 2
     out = capsys.readouterr().out
-    assert all(m in out for m in benchmark.METHODS)
+    assert all(m in out for m in benchmark.QUICK)
+    assert "Quantization error" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [r["method"] for r in summary["table"]] == list(benchmark.METHODS)
+    assert [r["method"] for r in summary["table"]] == benchmark.QUICK
+    assert [r["method"] for r in summary["quantization"]] == ["AdamW", "Full hybrid"]
+    assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + len(benchmark.QUICK)
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
+def option(words: list[str], name: str, default: str = "") -> str:
+    return words[len(words) - words[::-1].index(name)] if name in words else default
+
+
+@pytest.fixture
+def law(monkeypatch):
+    """Runs by formula: AdamW is best at rate 2 with the cosine schedule, the hybrid is twice as
+    fast. Returns the list of runs done."""
+    done = []
+
+    def run_once(method, flags, common, seed):
+        steps = 16 * int(option(common, "--epochs"))
+        done.append((method, steps, seed, flags))
+        loss = 1 + 100 / steps / (2 if method == "Full hybrid" else 1) + 0.001 * seed
+        if "--lr" in flags and method != "Full hybrid":
+            loss += abs(math.log2(float(option(flags, "--lr")) / 2))
+            loss += 0.1 * (option(flags, "--lr_schedule", "linear") != "cosine")
+        return {
+            "final_loss": loss, "final_kl": loss / 10, "seconds": steps / 10, "step_seconds": 0.1,
+            "curve": [(16, 5.0), (steps, loss)],
+        }  # fmt: skip
+
+    monkeypatch.setattr(benchmark, "run_once", run_once)
+    task = benchmark.Task("--ternary --qat", 320, {"AdamW": 0.5, "Muon": 0.5})
+    monkeypatch.setitem(benchmark.TASKS, "toy", task)
+    return done
+
+
+def study(name: str, folder, *flags: str) -> dict:
+    command = ["--study", name, "--tasks", "toy", "--output_dir", str(folder), *flags]
+    assert benchmark.main(command) == 0
+    return json.loads((folder / name / "summary.json").read_text())["tasks"]["toy"]
+
+
+def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_path, capsys):
+    entry = study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW")
+    tuning = entry["tuning"]["AdamW"]
+    assert tuning["chosen"] == ["--lr", "2", "--lr_schedule", "cosine"]
+    rates = [r["lr"] for r in tuning["table"] if r["schedule"] == "linear"]
+    assert min(rates) < 2 < max(rates)
+    assert entry["steps_ratio_vs_adamw"]["value"] == 0.5
+    assert entry["seconds_ratio_vs_adamw"]["value"] == pytest.approx(0.5)
+    horizons = sorted({steps for method, steps, _, _ in law if method == "Full hybrid"})
+    assert horizons == [64, 96, 128, 160, 192]  # one beyond the first that reaches the target
+    assert all(s == benchmark.TUNING_SEED for m, _, s, f in law if m == "AdamW" and "4" in f)
+    count = len(law)
+    study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW")
+    assert len(law) == count  # all from the log
+
+
+def test_the_other_studies_summarise(law, tmp_path, capsys):
+    entry = study("lr-sensitivity", tmp_path)
+    assert entry["Full hybrid"]["worst_excess_loss"] == 0
+    assert entry["AdamW"]["worst_excess_loss"] > 1
+    entry = study("quantization", tmp_path)
+    assert entry["ternary"]["gap_reduction"]["value"] == pytest.approx(1)
+    assert entry["1bit"]["adamw_gap"] > 0
+    entry = study("overhead", tmp_path)
+    assert entry["step_time_ratio"]["value"] == 1
+    entry = study("batch-size", tmp_path)
+    assert entry["Full hybrid"]["32"]["diverged"] == 0
+    entry = study("ablation", tmp_path)
+    assert entry["AdamW"]["loss_ratio_vs_full"]["value"] > 1
+    assert "Hybrid - trust region" in entry
+
+
 @pytest.mark.parametrize(
-    "flags", [["--seeds", "0"], ["--task", "--nonsense"], ["--methods", "Magic"]]
+    "flags",
+    [
+        ["--seeds", "0"],
+        ["--jobs", "0"],
+        ["--study", "magic"],
+        ["--task", "--nonsense"],
+        ["--methods", "Magic"],
+    ],
 )
 def test_bad_input(flags, tmp_path, capsys):
     try:

@@ -356,26 +356,54 @@ def test_feedback_trains_the_weights():
     assert any(not torch.equal(p, before[n]) for n, p in net.named_parameters())
 
 
-@pytest.mark.parametrize("factor", [0.2, 5.0])
-def test_manager_corrects_a_wrong_base_rate(factor):
-    """Noise-free quadratic: the ratio of slopes moves the multiplier towards the better rate."""
+def test_the_base_rate_hardly_matters():
+    """Rates a factor 30 apart: after the first steps the same updates, with other multipliers."""
+    x, y = digits(256)
+    found = {}
+    for rate in (1e-3, 3e-2):
+        model = make_net()
+        config = HybridTrainingConfig(base_learning_rate=rate, max_steps=60)
+        manager = HybridOptimizationManager(config)
+        for step in range(60):
+            info = manager.optimization_step(model, backward(model, x, y), None, 0, step)
+            if step == 30:
+                found[rate] = info
+        found[rate]["final"] = backward(model, x, y).item()
+    slow, fast = found[1e-3], found[3e-2]
+    assert slow["learning_rate"] == pytest.approx(fast["learning_rate"], rel=0.5)
+    assert slow["lr_multiplier"] > 10 * fast["lr_multiplier"]
+    assert slow["final"] == pytest.approx(fast["final"], abs=0.01)
+
+
+@pytest.mark.parametrize("rate", [0.03, 3.0])
+def test_rates_out_of_the_multipliers_reach_are_held_by_the_region(rate):
+    """A base rate hundreds of times too large: every step is cut to the wanted length."""
+    x, y = digits(256)
+    model = make_net()
+    config = HybridTrainingConfig(base_learning_rate=rate, max_steps=60)
+    manager = HybridOptimizationManager(config)
+    first = backward(model, x, y).item()
+    for step in range(60):
+        manager.optimization_step(model, backward(model, x, y), None, 0, step)
+    assert backward(model, x, y).item() < 0.6 * first
+
+
+def test_wanted_length_grows_where_steps_promise_more():
+    """Noise-free quadratic, far from its minimum: kappa is near 1, so the steps lengthen."""
     torch.manual_seed(0)
     model = nn.Linear(8, 8, bias=False)
-    target = torch.randn(8, 8)
-    config = HybridTrainingConfig(
-        base_learning_rate=0.01 * factor,
-        lr_schedule="constant",
-        max_steps=300,
-        use_trust_region=False,
-        auxiliary_nn_learning_rate=0.01,
+    target = 10 * torch.randn(8, 8)
+    manager = HybridOptimizationManager(
+        HybridTrainingConfig(max_steps=300, initial_trust_radius=1e-3, lr_schedule="constant")
     )
-    manager = HybridOptimizationManager(config)
-    for step in range(150):
+    start = manager._length
+    for step in range(30):
         model.zero_grad()
         loss = (model.weight - target).square().sum() / 2
         loss.backward()
-        info = manager.optimization_step(model, loss, None, 0, step)
-    assert (info["lr_multiplier"] > 1.05) if factor < 1 else (info["lr_multiplier"] < 0.95)
+        manager.optimization_step(model, loss, None, 0, step)
+    assert manager.kappa > 0.5
+    assert manager._length > start + 0.5
 
 
 # ------------------------------------------------------------------------ the constrained step
@@ -459,17 +487,23 @@ def test_fixed_radius_stays():
 
 def reference_direction(grads: list[np.ndarray], beta: float, decay: float, damping: float):
     """float64 twin of the matrix direction with the root refreshed at every step."""
+    left = grads[0].shape[0] < grads[0].shape[1]
     mean = np.zeros_like(grads[0])
-    gram = 0.0
-    for g in grads:
+    gram = other = 0.0
+    for t, g in enumerate(grads, 1):
         mean = beta * mean + (1 - beta) * g
-        gram = decay * gram + (1 - decay) * (g @ g.T if g.shape[0] <= g.shape[1] else g.T @ g)
-    t = len(grads)
-    values, vectors = np.linalg.eigh(gram / (1 - decay**t))
-    root = (vectors / np.sqrt(values + damping * values.mean())) @ vectors.T
-    mean = beta * mean / (1 - beta**t) + (1 - beta) * grads[-1]
-    d = root @ mean if mean.shape[0] <= mean.shape[1] else mean @ root
-    return d * math.sqrt(max(mean.shape))
+        gram = decay * gram + (1 - decay) * (g @ g.T if left else g.T @ g)
+        values, vectors = np.linalg.eigh(gram / (1 - decay**t))
+        root = (vectors / np.sqrt(values + damping * values.mean())) @ vectors.T
+        ahead = beta * mean / (1 - beta**t) + (1 - beta) * g
+        # The normalising statistics see the look-ahead without its bias correction.
+        factor = beta / (1 - beta**t)
+        d = root @ ahead if left else ahead @ root
+        size = np.sqrt((d**2).sum(0 if left else 1, keepdims=True))
+        other = decay * other + (1 - decay) * (size / factor) ** 2
+    shaped = d / np.sqrt(other)
+    shaped *= np.linalg.norm(d) / np.linalg.norm(shaped)
+    return shaped * math.sqrt(max(mean.shape))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
@@ -484,7 +518,7 @@ def test_matrix_step_equals_its_float64_twin(shape):
         grads.append(g)
         p.grad = torch.tensor(g, dtype=torch.float32)
         opt.step()
-        d = reference_direction(grads, 0.9, 0.98, 1e-2)
+        d = reference_direction(grads, 0.9, 0.95, 0.1)
         w = w - 1e-3 * 20 * np.sqrt((w**2).mean()) * d
         np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-4, atol=1e-5)
 
@@ -498,14 +532,14 @@ def test_vectors_step_as_adam_with_look_ahead():
     ours = ConstrainedOptimizer([p], lr=1e-2, use_trust_region=False)
     a, b = nn.Parameter(torch.tensor(w)), nn.Parameter(torch.tensor(w))
     plain = ConstrainedOptimizer([a], lr=1e-2, momentum=0.0, use_trust_region=False)
-    adam = torch.optim.Adam([b], lr=1e-2, betas=(0.0, 0.98), eps=1e-12)
+    adam = torch.optim.Adam([b], lr=3e-2, betas=(0.0, 0.95), eps=1e-12)
     mean, square = np.zeros(7), np.zeros(7)
     for t in range(1, 7):
         g = rng.normal(size=7)
         mean = 0.9 * mean + 0.1 * g
-        square = 0.98 * square + 0.02 * g * g
+        square = 0.95 * square + 0.05 * g * g
         ahead = 0.9 * mean / (1 - 0.9**t) + 0.1 * g
-        w = w - 1e-2 * ahead / np.sqrt(square / (1 - 0.98**t))
+        w = w - 3e-2 * ahead / np.sqrt(square / (1 - 0.95**t))
         p.grad = torch.tensor(g, dtype=torch.float32)
         a.grad, b.grad = torch.tensor(g), torch.tensor(g)
         for optimizer in (ours, plain, adam):
@@ -515,7 +549,8 @@ def test_vectors_step_as_adam_with_look_ahead():
 
 
 def test_whitening_of_one_gradient_is_its_polar_factor():
-    """Without noise and damping the direction is sqrt(n) times the orthogonal polar factor."""
+    """Without noise and damping the whitened gradient is sqrt(n) times the orthogonal polar factor;
+    the other side's normalisation then equalises its columns and keeps its length."""
     torch.manual_seed(0)
     g = torch.randn(5, 8)
     p = nn.Parameter(torch.ones(5, 8))
@@ -523,7 +558,10 @@ def test_whitening_of_one_gradient_is_its_polar_factor():
     p.grad = g
     opt.step()
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    torch.testing.assert_close(1 - p.detach(), math.sqrt(8) * (u @ vh), rtol=1e-3, atol=1e-4)
+    polar = math.sqrt(8) * (u @ vh)
+    equal = polar / torch.linalg.vector_norm(polar, dim=0)
+    equal *= torch.linalg.vector_norm(polar) / torch.linalg.vector_norm(equal)
+    torch.testing.assert_close(1 - p.detach(), equal, rtol=1e-3, atol=1e-4)
 
 
 def test_inverse_square_root():
@@ -701,11 +739,11 @@ def test_one_spike_does_not_move_the_running_loss():
     assert abs(after - before) < 0.1
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "wsd", "constant"])
 def test_schedule(kind):
     values = [schedule_factor(t, 100, 0.05, kind) for t in range(130)]
     assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert all(a >= b for a, b in itertools.pairwise(values[4:]))
     assert all(v > 0 for v in values)
     if kind != "constant":
-        assert values[99] < 0.02
+        assert values[99] <= 0.05

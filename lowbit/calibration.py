@@ -1,0 +1,180 @@
+"""A calibrated start for a conversion: round the teacher's weights with second-order information.
+
+Rounding every weight to the nearest code ignores that inputs are correlated: the errors of a row
+can cancel in its output. Layer by layer, in the order of the data flow, each linear layer is
+
+1. refitted: ridge regression moves its float weights so that, on the inputs it really gets from
+   the quantised layers before it, it gives what the teacher's layer gives (for the two
+   projections that write to the residual stream: what brings the stream to the teacher's);
+2. rounded column by column, each column's error pushed onto the columns still to come
+   (GPTQ, arXiv 2210.17323, eq. 2 and 3, with the Cholesky factor of its section 3.3);
+3. rescaled: the least-squares scale of each row for its codes in the metric of the inputs;
+4. given latent weights that quantise to exactly these codes and scales, as close to the refitted
+   ones as that allows, so that training can go on from there.
+
+Shapes: N tokens, I inputs, O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn as nn
+
+from lowbit.quantization import QATLinear, sign_codes, ternary_codes
+from lowbit.student import CausalLM
+
+#: Layers that read the same input are calibrated together.
+STAGES = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+RIDGE = 0.1  # of the mean diagonal of the second moment, in the refit
+DAMPING = 0.3  # the same, in the rounding
+BLOCK = 64  # columns between two updates of the rest
+MARGIN = 0.1  # of the threshold, by which a moved latent weight passes it
+
+
+def round_columns(
+    w: torch.Tensor, moment: torch.Tensor, scale: torch.Tensor, mode: str
+) -> torch.Tensor:
+    """w (O, I), second moment of the inputs (I, I), scale (O, 1) -> codes (O, I).
+
+    Columns are taken in order of falling input power.
+    """
+    h = moment.clone()
+    h.diagonal().add_(DAMPING * h.diagonal().mean().clamp_min(1e-12))
+    order = torch.argsort(h.diagonal(), descending=True)
+    w, h = w[:, order].clone(), h[order][:, order]
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    codes = torch.empty_like(w)
+    s = scale.expand(len(w), 1).squeeze(1)
+    for start in range(0, w.size(1), BLOCK):
+        stop = min(start + BLOCK, w.size(1))
+        block, errors = w[:, start:stop].clone(), torch.empty_like(w[:, start:stop])
+        local = factor[start:stop, start:stop]
+        for j in range(stop - start):
+            column = block[:, j]
+            if mode == "ternary":
+                code = (column / s).round().clamp(-1, 1)
+            else:
+                code = torch.where(column < 0, -1.0, 1.0)
+            codes[:, start + j] = code
+            error = (column - code * s) / local[j, j]
+            errors[:, j] = error
+            block[:, j + 1 :] -= error[:, None] * local[j, j + 1 :]
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+    return codes[:, torch.argsort(order)]
+
+
+def fit_scale(codes: torch.Tensor, w: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """The scale (O, 1) of each row that minimises E ||(s codes - w) x||^2; above zero."""
+    metric = codes @ moment
+    power = (metric * codes).sum(1, keepdim=True)
+    best = (metric * w).sum(1, keepdim=True) / power.clamp_min(1e-12)
+    usual = w.abs().mean(1, keepdim=True).clamp_min(1e-8)
+    return torch.where((power > 0) & (best > 0.1 * usual), best, usual)
+
+
+def latent_weights(
+    codes: torch.Tensor, scale: torch.Tensor, w: torch.Tensor, mode: str
+) -> torch.Tensor:
+    """Weights (O, I) near w that the quantiser of this mode maps to ``codes`` and ``scale``.
+
+    Entries on the wrong side of the quantiser's threshold are moved just across it. The threshold
+    depends on the entries, so this is repeated; codes are the same for every multiple of a row,
+    so the scale comes last.
+    """
+    latent = w.clone()
+    if mode != "ternary":
+        small = MARGIN * w.abs().mean(1, keepdim=True).clamp_min(1e-8)
+        latent = torch.where(torch.sign(w) == codes, w, codes * small)
+        return latent * (scale / latent.abs().mean(1, keepdim=True))
+    for _ in range(50):
+        edge = 0.7 * latent.abs().mean(1, keepdim=True)
+        wrong = ternary_codes(latent)[0] != codes
+        if not bool(wrong.any()):
+            break
+        inside = latent.clamp(-(1 - MARGIN) * edge, (1 - MARGIN) * edge)
+        outside = codes * torch.maximum(codes * latent, (1 + MARGIN) * edge)
+        latent = torch.where(wrong, torch.where(codes == 0, inside, outside), latent)
+    kept = (latent * codes).sum(1, keepdim=True) / codes.abs().sum(1, keepdim=True).clamp_min(1)
+    return latent * (scale / kept.clamp_min(1e-12))
+
+
+class _Record:
+    """Inputs and outputs of modules during a forward pass, as (N, I) and (N, O)."""
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        self.inputs: dict[str, torch.Tensor] = {}
+        self.outputs: dict[str, torch.Tensor] = {}
+        self._handles = [m.register_forward_hook(self._hook(n)) for n, m in modules.items()]
+
+    def _hook(self, name: str):
+        def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            self.inputs[name] = inputs[0].flatten(0, -2)
+            self.outputs[name] = output.flatten(0, -2)
+
+        return hook
+
+    def __enter__(self) -> _Record:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _calibrate_layer(layer: QATLinear, x: torch.Tensor, y: torch.Tensor) -> None:
+    """Inputs x (N, I) and wanted outputs y (N, O) -> new latent weights, in place."""
+    w = layer.weight.data
+    moment = x.mT @ x / len(x)
+    ridge = moment.clone()
+    ridge.diagonal().add_(RIDGE * ridge.diagonal().mean().clamp_min(1e-12))
+    fitted = w + torch.linalg.solve(ridge, x.mT @ (y - x @ w.mT) / len(x)).mT
+    quantize = ternary_codes if layer.mode == "ternary" else sign_codes
+    codes = round_columns(fitted, moment, quantize(fitted, "row")[1], layer.mode)
+    latent = latent_weights(codes, fit_scale(codes, fitted, moment), fitted, layer.mode)
+    if bool(torch.isfinite(latent).all()):  # else: keep what rounding to nearest gives
+        w.copy_(latent)
+
+
+@torch.no_grad()
+def calibrate(student: CausalLM, teacher: CausalLM, ids: torch.Tensor) -> CausalLM:
+    """Calibrate, in place, the ternary or 1-bit layers of a student that holds the teacher's
+    weights, on token ids (B, T). Scales a row, in closed form, only.
+
+    Raises ValueError where the shapes differ or the student has no such layers.
+    """
+    if student.config != teacher.config:
+        raise ValueError("calibrate: the student's shape is not the teacher's")
+    layers: Iterable[nn.Module] = student.model.layers
+    plain = {n: m for n, m in teacher.model.layers.named_modules() if n.endswith(sum(STAGES, ()))}
+    if not any(isinstance(m, QATLinear) for m in student.modules()):
+        raise ValueError("calibrate: the student has no low-bit layers")
+    with _Record(plain) as target:
+        after = [h.flatten(0, 1) for h in teacher(ids).hidden_states]  # (N, C) a block
+    before = teacher.model.embed_tokens(ids).flatten(0, 1)  # the teacher's residual stream
+    x = student.model.embed_tokens(ids)
+    cos, sin = student.cos[: ids.size(1), None], student.sin[: ids.size(1), None]
+    for i, block in enumerate(layers):
+        modules = dict(block.named_modules())
+        for stage in STAGES:
+            watched = {n: modules[n] for n in (*stage, "post_attention_layernorm")}
+            with _Record(watched) as seen:
+                block(x, cos, sin, None)
+            for name in stage:
+                wanted = target.outputs[f"{i}.{name}"]
+                if name == "self_attn.o_proj":
+                    wanted = before + wanted - x.flatten(0, 1)
+                elif name == "mlp.down_proj":
+                    wanted = after[i] - seen.inputs["post_attention_layernorm"]
+                layer = modules[name]
+                assert isinstance(layer, QATLinear)
+                _calibrate_layer(layer, seen.inputs[name], wanted)
+        before = after[i]
+        x = block(x, cos, sin, None)[0]
+    return student

@@ -1,0 +1,156 @@
+"""What a comparison of methods is made of: provenance, a log of finished runs, statistics.
+
+Losses are arrays (seeds,) of one method at one horizon; seeds are paired across methods: the same
+seed means the same initial weights and the same order of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowbit import __version__
+
+T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 %
+RESAMPLES = 4000
+
+
+# -------------------------------------------------------------------------------- provenance
+
+
+def machine() -> dict[str, Any]:
+    """What a reader needs to place the numbers."""
+    root = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=root,
+        text=True,
+        capture_output=True,
+        check=False,
+    ).stdout.strip()
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+        cpu = names[0].partition(":")[2].strip() if names else cpu
+    return {
+        "commit": commit,
+        "version": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+class RunLog:
+    """Finished runs, one JSON line each, found again by their settings: a study that was
+    interrupted goes on where it stopped, and more seeds or horizons grow it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: list[dict[str, Any]] = []
+        if path.exists():
+            for line in path.read_text("utf-8").splitlines():
+                try:
+                    self.runs.append(json.loads(line))
+                except ValueError:  # the last line of a killed run
+                    continue
+
+    def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        return next((r for r in self.runs if all(r.get(k) == v for k, v in key.items())), None)
+
+    def get(self, key: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The record of ``key``; if there is none, ``run`` is called and its record kept."""
+        found = self.find(key)
+        if found is None:
+            found = {**key, **run()}
+            self.append(found)
+        return found
+
+    def append(self, record: dict[str, Any]) -> None:
+        text = json.dumps(record) + "\n"
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            text = "\n" + text  # end a line that was cut short
+        with self.path.open("a", encoding="utf-8") as f:
+            f.write(text)
+        self.runs.append(record)
+
+
+# -------------------------------------------------------------------------------- statistics
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of the 95 % t-interval); nan half width for one value."""
+    n = len(values)
+    if n < 2:
+        return float(np.mean(values)), float("nan")
+    return float(np.mean(values)), float(T_QUANTILE.get(n, 2.3) * np.std(values, ddof=1) / n**0.5)
+
+
+def resamples(n: int, seed: int = 0) -> np.ndarray:
+    """Bootstrap draws of n seeds: indices (RESAMPLES, n), the same for every method (paired)."""
+    return np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+
+
+def estimate(statistic: Callable[[np.ndarray], float], n: int) -> dict[str, Any]:
+    """{"value", "ci95"}: a statistic of the seeds' indices, and its percentile bootstrap interval.
+
+    A statistic may be infinite (a target that was not reached); the interval then is, too.
+    """
+    drawn = np.sort([statistic(index) for index in resamples(n)])
+    low, high = (float(drawn[round(q * (len(drawn) - 1))]) for q in (0.025, 0.975))
+    return {"value": float(statistic(np.arange(n))), "ci95": [low, high], "n": n}
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, Any]:
+    """Ratio of two means over paired seeds, with its bootstrap interval."""
+    a, b = np.asarray(numerator, float), np.asarray(denominator, float)
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} and {len(b)} seeds do not pair")
+    return estimate(lambda i: float(a[i].mean() / b[i].mean()), len(a))
+
+
+def smallest_horizon(
+    losses: Mapping[int, Sequence[float]], target: float, seeds: np.ndarray
+) -> float:
+    """The smallest horizon (steps) whose mean loss over ``seeds`` is at most target; inf if none.
+
+    losses: horizon -> loss a seed. Horizons are separate runs, each with its own schedule.
+    """
+    for horizon in sorted(losses):
+        if np.asarray(losses[horizon], float)[seeds].mean() <= target:
+            return float(horizon)
+    return float("inf")
+
+
+def steps_ratio(
+    losses: Mapping[int, Sequence[float]], reference: Sequence[float], horizon: int
+) -> dict[str, Any]:
+    """Smallest horizon to the reference's mean loss over the reference's own horizon.
+
+    The target is resampled together with the runs, so its uncertainty is in the interval.
+    """
+    base = np.asarray(reference, float)
+    return estimate(
+        lambda i: smallest_horizon(losses, float(base[i].mean()), i) / horizon, len(base)
+    )
+
+
+def gap_reduction(
+    plain: Sequence[float], guided: Sequence[float], reference: Sequence[float]
+) -> dict[str, Any]:
+    """1 - (guided - reference) / (plain - reference), of means over paired seeds."""
+    p, g, r = (np.asarray(x, float) for x in (plain, guided, reference))
+    return estimate(
+        lambda i: float(1 - (g[i].mean() - r[i].mean()) / (p[i].mean() - r[i].mean())), len(p)
+    )

@@ -1,0 +1,87 @@
+"""Statistics of the studies against hand-made cases, and the log of runs."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from lowbit.study import (
+    RunLog,
+    estimate,
+    gap_reduction,
+    mean_interval,
+    ratio,
+    smallest_horizon,
+    steps_ratio,
+)
+
+
+def test_interval():
+    mean, half = mean_interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+    assert math.isnan(mean_interval([1.0])[1])
+
+
+def test_a_common_factor_leaves_no_uncertainty():
+    """Pairing: seeds that differ wildly but by the same factor in both methods."""
+    base = [1.0, 10.0, 100.0]
+    found = ratio([0.5 * x for x in base], base)
+    assert found["value"] == pytest.approx(0.5)
+    assert found["ci95"] == pytest.approx([0.5, 0.5])
+    with pytest.raises(ValueError, match="pair"):
+        ratio([1.0], base)
+
+
+def test_bootstrap_interval_covers_the_mean_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(60):
+        x = rng.normal(size=20)
+        low, high = estimate(lambda i, x=x: float(x[i].mean()), 20)["ci95"]
+        hits += low <= 0 <= high
+    assert 49 <= hits <= 60  # 95 % nominal, a little less for 20 seeds
+
+
+def test_smallest_horizon():
+    losses = {100: [3.0, 3.0], 200: [2.0, 1.0], 300: [1.0, 1.0]}
+    everyone = np.arange(2)
+    assert smallest_horizon(losses, 1.5, everyone) == 200
+    assert smallest_horizon(losses, 1.49, everyone) == 300
+    assert smallest_horizon(losses, 0.5, everyone) == math.inf
+    assert smallest_horizon(losses, 1.5, np.array([0, 0])) == 300
+
+
+def test_steps_ratio_is_the_strict_rule():
+    found = steps_ratio({100: [1.1, 1.1], 200: [0.9, 0.9]}, [1.0, 1.0], 400)
+    assert found["value"] == 0.5
+    assert found["ci95"] == [0.5, 0.5]
+    missed = steps_ratio({100: [1.1, 1.1]}, [1.0, 1.0], 400)
+    assert missed["value"] == math.inf
+
+
+def test_gap_reduction():
+    found = gap_reduction([1.3, 1.3], [1.1, 1.1], [1.0, 1.0])
+    assert found["value"] == pytest.approx(2 / 3)
+
+
+def test_log_finds_runs_and_survives_a_killed_writer(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    log = RunLog(path)
+    calls = []
+
+    def run(value):
+        calls.append(value)
+        return {"loss": value}
+
+    key = {"method": "A", "seed": 0, "flags": ["--x", "1"]}
+    assert log.get(key, lambda: run(1.0))["loss"] == 1.0
+    with path.open("a") as f:
+        f.write('{"method": "A", "se')
+    log = RunLog(path)
+    assert log.get(key, lambda: run(2.0))["loss"] == 1.0
+    assert log.get({**key, "seed": 1}, lambda: run(3.0))["loss"] == 3.0
+    assert calls == [1.0, 3.0]
+    assert len(RunLog(path).runs) == 2
