@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmark_hybrid_optimization import append_run, machine, mean_interval, read_runs  # noqa: E402
+from lowbit.study import RunLog, machine, mean_interval  # noqa: E402
 
 COMMAND = "distillation.py --hybrid --ternary --qat --epochs 20 --save_metrics"
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     runs = parser.parse_args().runs
-    log = HERE / "runs.jsonl"
+    log = RunLog(HERE / "runs.jsonl")
     for seed in range(runs):
         with tempfile.TemporaryDirectory() as folder:
             command = [
@@ -57,9 +57,9 @@ def main() -> None:
             "printed": printed,
             **machine(),
         }
-        append_run(log, record)
+        log.append(record)
         print(f"seed {seed}: {seconds:.1f} s, {usage.ru_maxrss / 2**10:.0f} MiB", flush=True)
-    records = read_runs(log)
+    records = log.runs
     loss = [float(re.search(r"student, quantized +(\S+)", r["printed"])[1]) for r in records]
     teacher = [float(re.search(r"teacher +(\d\S+)", r["printed"])[1]) for r in records]
     ratio = [a / b for a, b in zip(loss, teacher, strict=True)]
