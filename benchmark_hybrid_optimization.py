@@ -17,9 +17,6 @@ windows.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import json
 import math
 import sys
 import sysconfig
@@ -28,15 +25,19 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 import distillation
+from hybrid_optimization import schedule_factor
 from lowbit import RunFailed, UserError
-from lowbit.checkpoint import atomic_write, prepare_folder
+from lowbit.checkpoint import prepare_folder
+from lowbit.corpus import StratifiedSampler
 from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options
 from lowbit.study import (
     RunLog,
@@ -46,6 +47,16 @@ from lowbit.study import (
     ratio,
     smallest_horizon,
     steps_ratio,
+)
+from lowbit.tables import (
+    format_quantization,
+    format_table,
+    plot,
+    print_summary,
+    quantization_rows,
+    summarise,
+    write_csv,
+    write_json,
 )
 
 EVALUATION_WINDOWS = 512
@@ -101,6 +112,7 @@ TASKS: dict[str, Task] = {
     "heldout": Task(
         f"--ternary --qat --student_init random --data {SOURCE_CODE}", 800, FROM_SCRATCH
     ),
+    "digits": Task("--digits", 192, FROM_SCRATCH),
 }
 HORIZONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of the baseline's steps
 
@@ -114,6 +126,8 @@ def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int
     A run that diverges has final_loss inf.
     """
     flags = [f for f in flags if f != "--cluster_batches"]
+    if "--digits" in common:
+        return run_digits(flags, common, seed)
     stdlib = sysconfig.get_paths()["stdlib"]
     words = [x.replace("{stdlib}", stdlib) for x in (*common, *flags)]
     started = time.perf_counter()
@@ -146,6 +160,55 @@ def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int
         "seconds": seconds,
         "step_seconds": float(np.median([row["median_step_seconds"] for row in rows])),
     }
+
+
+def run_digits(flags: Sequence[str], common: Sequence[str], seed: int) -> dict[str, Any]:
+    """Not a language model: scikit-learn's digits, a three-layer perceptron, batches of 32.
+    final_loss is the cross-entropy on 360 held-out images."""
+    from sklearn.datasets import load_digits
+
+    o = parse_options([*(f for f in (*common, *flags) if f != "--digits"), "--seed", str(seed)])
+    o.student_init, o.use_matrix_geometry = "random", o.use_matrix_geometry is not False
+    x, y = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(x))
+    images = torch.tensor(x[order] / 16, dtype=torch.float32)
+    labels = torch.tensor(y[order])
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 10)
+    )
+    lr = o.lr or distillation.DEFAULT_LR[o.method]["random"]
+    steps = STEPS_PER_EPOCH * o.epochs
+    setup: Any = SimpleNamespace(
+        options=o, student=model, lr=lr, max_steps=steps, steps_per_epoch=STEPS_PER_EPOCH
+    )
+    started = time.perf_counter()
+    manager = distillation.make_manager(setup) if o.hybrid else None
+    baseline = [] if manager else distillation.make_baseline(setup)
+    clusters = np.zeros(len(images) - 360, int)
+    if manager and o.use_clustering:
+        clusters = manager.setup_data_clustering(images[360:])
+    sampler = StratifiedSampler(clusters, 32, seed)
+    for t in range(steps):
+        picked = 360 + torch.from_numpy(sampler.next_batch())
+        loss = nn.functional.cross_entropy(model(images[picked]), labels[picked])
+        model.zero_grad()
+        loss.backward()
+        if manager:
+            manager.optimization_step(model, loss, None, cluster_id=-1, step=t)
+        for opt in baseline:
+            for group in opt.param_groups:
+                share = schedule_factor(t, steps, distillation.WARMUP_FRACTION, o.lr_schedule)
+                group["lr"] = group.setdefault("peak", group["lr"]) * share
+            opt.step()
+    seconds = time.perf_counter() - started
+    with distillation.averaged(baseline), torch.no_grad():
+        final = float(nn.functional.cross_entropy(model(images[:360]), labels[:360]))
+    final = final if math.isfinite(final) else math.inf
+    return {
+        "lr": lr, "steps": steps, "final_loss": final, "final_kl": final, "curve": [],
+        "seconds": seconds, "step_seconds": seconds / steps,
+    }  # fmt: skip
 
 
 class Bench:
@@ -410,108 +473,6 @@ STUDIES: dict[str, tuple[Any, int, list[str], list[str]]] = {
 # ---------------------------------------------------------------------------------- quick look
 
 
-def first_crossing(curve: Sequence[Sequence[float]], target: float) -> int | None:
-    return next((int(step) for step, loss in curve if loss <= target), None)
-
-
-def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str, Any]:
-    """Raw runs -> a row a method, in METHODS' order."""
-    by_method = {m: [r for r in runs if r["method"] == m] for m in METHODS}
-    by_method = {m: rs for m, rs in by_method.items() if rs}
-    if target is None:
-        reference = next(iter(by_method.values()))
-        target = float(np.mean([r["curve"][-1][1] if r["curve"] else math.inf for r in reference]))
-    table = []
-    for method, rs in by_method.items():
-        loss, loss_ci = mean_interval([r["final_loss"] for r in rs])
-        seconds, seconds_ci = mean_interval([r["seconds"] for r in rs])
-        crossings = [first_crossing(r["curve"], target) for r in rs]
-        reached = [c for c in crossings if c is not None]
-        table.append(
-            {
-                "method": method,
-                "n": len(rs),
-                "final_loss": loss,
-                "final_loss_ci95": loss_ci,
-                "final_kl": float(np.mean([r["final_kl"] for r in rs])),
-                "reached": len(reached),
-                "steps_to_target": float(np.mean(reached)) if len(reached) == len(rs) else None,
-                "seconds": seconds,
-                "seconds_ci95": seconds_ci,
-                "step_seconds": float(np.median([r["step_seconds"] for r in rs])),
-            }
-        )
-    return {"target": target, "table": table}
-
-
-def format_table(summary: dict[str, Any]) -> list[str]:
-    lines = [f"{'Method':<20} | {'Final Loss':<17} | {'Steps to Converge':<17} | Time (s)"]
-    lines.append("-" * len(lines[0]))
-    for row in summary["table"]:
-        steps = row["steps_to_target"]
-        reached = f"{steps:.0f}" if steps is not None else f"{row['reached']} of {row['n']} runs"
-        loss = f"{row['final_loss']:.4f} +- {row['final_loss_ci95']:.4f}"
-        lines.append(f"{row['method']:<20} | {loss:<17} | {reached:<17} | {row['seconds']:.1f}")
-    n = summary["table"][0]["n"]
-    lines.append(
-        f"Validation loss of the student, nats a byte; mean of {n} seeds, 95 % t-interval. "
-        f"Converged: {summary['target']:.4f} on the windows of every epoch."
-    )
-    return lines
-
-
-def quantization_rows(
-    low: Sequence[dict[str, Any]], full: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Loss above the best full-precision student, a row for each method in ``low``."""
-    means = {
-        m: np.array([r["final_loss"] for r in full if r["method"] == m])
-        for m in {r["method"] for r in full}
-    }
-    best = min(means.values(), key=np.mean)
-    rows = []
-    for method in dict.fromkeys(r["method"] for r in low if r["method"] in means):
-        gaps = np.array([r["final_loss"] for r in low if r["method"] == method]) - best
-        mean, half = mean_interval(list(gaps))
-        rows.append({"method": method, "quantization_error": mean, "ci95": half, "n": len(gaps)})
-    return rows
-
-
-def format_quantization(rows: Sequence[dict[str, Any]]) -> list[str]:
-    lines = [f"{'Method':<20} | Quantization error, nats a byte"]
-    lines.append("-" * len(lines[0]))
-    for r in rows:
-        lines.append(f"{r['method']:<20} | {r['quantization_error']:.4f} +- {r['ci95']:.4f}")
-    lines.append(
-        "Loss of the quantized student above the best full-precision student (either optimiser) "
-        "after the same steps."
-    )
-    return lines
-
-
-def plot(path: Path, runs: Sequence[dict[str, Any]], target: float) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    ax = figure.subplots()
-    for method in METHODS:
-        curves = [r["curve"] for r in runs if r["method"] == method and r["curve"]]
-        if curves:
-            steps = [step for step, _ in curves[0]]
-            values = np.array([[loss for _, loss in c] for c in curves])
-            (line,) = ax.plot(steps, values.mean(0), marker="o", ms=3, label=method)
-            ax.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
-    ax.axhline(target, color="black", ls="--", lw=1, label="target")
-    ax.set(
-        xlabel="step",
-        ylabel="validation loss of the student, nats a byte",
-        title="Mean over seeds, band from lowest to highest",
-    )
-    ax.grid(alpha=0.25)
-    ax.legend()
-    atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
-
-
 def quick_look(o: argparse.Namespace, folder: Path) -> None:
     """The classical table, and the quantisation-error table where both kinds of run are there."""
     bench = Bench(folder, o.jobs, o.device)
@@ -533,14 +494,10 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
             [r for r in runs if r["method"] in paired], full
         )
         print("\n" + "\n".join(format_quantization(rows)))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, summary["table"][0])
-    writer.writeheader()
-    writer.writerows(summary["table"])
     written = [
         bench.log.path,
         write_json(folder / "summary.json", summary),
-        atomic_write(folder / "summary.csv", lambda f: f.write(out.getvalue().encode())),
+        write_csv(folder / "summary.csv", summary["table"]),
     ]
     try:
         plot(folder / "summary.png", runs, summary["target"])
@@ -552,35 +509,6 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------- command line
-
-
-def write_json(path: Path, value: Any) -> Path:
-    """Strict JSON: what is not finite becomes null."""
-
-    def plain(x: Any) -> Any:
-        if isinstance(x, dict):
-            return {k: plain(v) for k, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [plain(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-
-    text = json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
-    return atomic_write(path, lambda f: f.write(text.encode()))
-
-
-def print_summary(value: Any, prefix: str = "") -> None:
-    """Estimates and intervals of a study, a line each."""
-    if isinstance(value, dict) and "ci95" in value:
-        low, high = value["ci95"]
-        print(f"{prefix}: {value['value']:.3f} [{low:.3f}, {high:.3f}], n = {value['n']}")
-    elif isinstance(value, dict):
-        for k, v in value.items():
-            if k != "tuning":
-                print_summary(v, f"{prefix} / {k}" if prefix else str(k))
-    elif isinstance(value, tuple):
-        print(f"{prefix}: {value[0]:.4f} +- {value[1]:.4f}")
-    elif isinstance(value, (int, float)):
-        print(f"{prefix}: {value:.4g}")
 
 
 def run_study(name: str, o: argparse.Namespace, folder: Path) -> None:

@@ -760,6 +760,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             p.add_(d)
             if keep_step:
                 self.state[p]["taken"] = d
+            else:
+                self.state[p].pop("taken", None)
 
         live = total > 0
         ratio = total / (region["centre"] * radius_scale * weight).clamp_min(1e-30)

@@ -8,6 +8,7 @@ import math
 import pytest
 
 import benchmark_hybrid_optimization as benchmark
+from lowbit import tables
 
 
 def run(method: str, seed: int, final: float, curve: list[tuple[int, float]]) -> dict:
@@ -20,13 +21,13 @@ def run(method: str, seed: int, final: float, curve: list[tuple[int, float]]) ->
 def test_summary_of_known_runs():
     runs = [run("Baseline SGD", s, 2.0 + s, [(10, 3.0), (20, 2.0)]) for s in range(2)]
     runs += [run("AdamW", s, 1.0, [(10, 2.5), (20, 1.0)]) for s in range(2)]
-    summary = benchmark.summarise(runs, None)
+    summary = tables.summarise(runs, None)
     assert summary["target"] == 2.0
     sgd, adamw = summary["table"]
     assert (sgd["final_loss"], adamw["final_loss"]) == (2.5, 1.0)
     assert sgd["final_loss_ci95"] == pytest.approx(12.706 * 0.5, rel=1e-3)
     assert (sgd["steps_to_target"], adamw["steps_to_target"]) == (20, 20)
-    lines = benchmark.format_table(summary)
+    lines = tables.format_table(summary)
     assert lines[0].split(" | ")[0].strip() == "Method"
     assert [x.strip() for x in lines[0].split("|")] == [
         "Method", "Final Loss", "Steps to Converge", "Time (s)",
@@ -35,9 +36,9 @@ def test_summary_of_known_runs():
 
 def test_a_method_that_misses_the_target_says_so():
     runs = [run("Baseline SGD", 0, 1.0, [(10, 1.0)]), run("AdamW", 0, 3.0, [(10, 3.0)])]
-    summary = benchmark.summarise(runs, None)
+    summary = tables.summarise(runs, None)
     assert summary["table"][1]["steps_to_target"] is None
-    assert "0 of 1 runs" in benchmark.format_table(summary)[3]
+    assert "0 of 1 runs" in tables.format_table(summary)[3]
 
 
 def test_runs_are_cached_and_grow(tmp_path, text_file, tiny_teacher, capsys, monkeypatch):
@@ -154,3 +155,13 @@ def test_bad_input(flags, tmp_path, capsys):
         code = e.code
     assert code == 2
     assert capsys.readouterr().err.startswith("error:")
+
+
+@pytest.mark.parametrize("method", ["AdamW", "Muon", "Full hybrid", "Hybrid - matrix geometry"])
+def test_digits_are_learned(method):
+    task = ["--digits", "--epochs", "4"]
+    flags = benchmark.METHODS[method]
+    found = benchmark.run_once(method, flags, task, 0)
+    assert found["steps"] == 64
+    assert found["final_loss"] < 1.5  # untrained: log 10 = 2.3
+    assert found["final_loss"] == benchmark.run_once(method, flags, task, 0)["final_loss"]

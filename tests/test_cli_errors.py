@@ -397,3 +397,25 @@ def test_help_is_not_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     for name in vars(parse_options([])):
         if name not in ("method", "mode"):
             assert f"--{name}" in said
+
+
+# ------------------------------------------------------------------ calibration, extra optimisers
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--calibrate", "--qat", "--student_init", "random"], "--student_init teacher"),
+        (["--calibrate", "--qat", "--learnable_scale"], "--learnable_scale"),
+    ],
+)
+def test_calibration_that_cannot_be(fails, flags, words):
+    assert words in fails("--ternary", *flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("schedulefree", "schedulefree"), ("prodigy", "prodigyopt")]
+)
+def test_missing_optimizer_package(fails, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install {package}" in fails("--optimizer", name)

@@ -355,3 +355,26 @@ def test_the_script_on_the_embedded_teacher_and_text(tmp_path):
 
     assert loss(trained) < loss(rounded) - 0.2
     assert "Traceback" not in trained.stderr
+
+
+# ------------------------------------------------------------------------------------ calibration
+
+
+def quantized_loss(lines: list[str]) -> float:
+    line = next(x for x in lines if "student, quantized" in x)
+    return float(line.split()[2])
+
+
+@pytest.mark.parametrize("bits", [["--ternary"], []])
+def test_rounding_at_the_end_is_better_calibrated(run, bits):
+    flags = ["--hybrid", *bits, "--epochs", "2"]
+    (_, a, calibrated), (_, b, nearest) = run(*flags), run(*flags, "--calibrate=false")
+    assert equal(weights(calibrated), weights(nearest))  # training is the same
+    assert quantized_loss(a) < quantized_loss(b)
+
+
+def test_other_optimisers_can_start_calibrated(run):
+    flags = ["--ternary", "--qat", "--epochs", "1", "--lr", "1e-6"]
+    (_, a, _), (_, b, _) = run(*flags, "--calibrate"), run(*flags)
+    kl = [float(re.search(r"teacher (\d\.\d+)\)", "".join(x))[1]) for x in (a, b)]
+    assert kl[0] < kl[1]

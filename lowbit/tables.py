@@ -1,0 +1,155 @@
+"""What the benchmark prints and writes: tables, a picture, strict JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit.checkpoint import atomic_write
+from lowbit.study import mean_interval
+
+
+def first_crossing(curve: Sequence[Sequence[float]], target: float) -> int | None:
+    return next((int(step) for step, loss in curve if loss <= target), None)
+
+
+def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str, Any]:
+    """Raw runs -> a row a method, in the order in which they first occur."""
+    methods = dict.fromkeys(r["method"] for r in runs)
+    by_method = {m: [r for r in runs if r["method"] == m] for m in methods}
+    if target is None:
+        reference = next(iter(by_method.values()))
+        target = float(np.mean([r["curve"][-1][1] if r["curve"] else math.inf for r in reference]))
+    table = []
+    for method, rs in by_method.items():
+        loss, loss_ci = mean_interval([r["final_loss"] for r in rs])
+        seconds, seconds_ci = mean_interval([r["seconds"] for r in rs])
+        crossings = [first_crossing(r["curve"], target) for r in rs]
+        reached = [c for c in crossings if c is not None]
+        table.append(
+            {
+                "method": method,
+                "n": len(rs),
+                "final_loss": loss,
+                "final_loss_ci95": loss_ci,
+                "final_kl": float(np.mean([r["final_kl"] for r in rs])),
+                "reached": len(reached),
+                "steps_to_target": float(np.mean(reached)) if len(reached) == len(rs) else None,
+                "seconds": seconds,
+                "seconds_ci95": seconds_ci,
+                "step_seconds": float(np.median([r["step_seconds"] for r in rs])),
+            }
+        )
+    return {"target": target, "table": table}
+
+
+def format_table(summary: dict[str, Any]) -> list[str]:
+    lines = [f"{'Method':<20} | {'Final Loss':<17} | {'Steps to Converge':<17} | Time (s)"]
+    lines.append("-" * len(lines[0]))
+    for row in summary["table"]:
+        steps = row["steps_to_target"]
+        reached = f"{steps:.0f}" if steps is not None else f"{row['reached']} of {row['n']} runs"
+        loss = f"{row['final_loss']:.4f} +- {row['final_loss_ci95']:.4f}"
+        lines.append(f"{row['method']:<20} | {loss:<17} | {reached:<17} | {row['seconds']:.1f}")
+    n = summary["table"][0]["n"]
+    lines.append(
+        f"Validation loss of the student, nats a byte; mean of {n} seeds, 95 % t-interval. "
+        f"Converged: {summary['target']:.4f} on the windows of every epoch."
+    )
+    return lines
+
+
+def quantization_rows(
+    low: Sequence[dict[str, Any]], full: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Loss above the best full-precision student, a row for each method in ``low``."""
+    means = {
+        m: np.array([r["final_loss"] for r in full if r["method"] == m])
+        for m in {r["method"] for r in full}
+    }
+    best = min(means.values(), key=np.mean)
+    rows = []
+    for method in dict.fromkeys(r["method"] for r in low if r["method"] in means):
+        gaps = np.array([r["final_loss"] for r in low if r["method"] == method]) - best
+        mean, half = mean_interval(list(gaps))
+        rows.append({"method": method, "quantization_error": mean, "ci95": half, "n": len(gaps)})
+    return rows
+
+
+def format_quantization(rows: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"{'Method':<20} | Quantization error, nats a byte"]
+    lines.append("-" * len(lines[0]))
+    for r in rows:
+        lines.append(f"{r['method']:<20} | {r['quantization_error']:.4f} +- {r['ci95']:.4f}")
+    lines.append(
+        "Loss of the quantized student above the best full-precision student (either optimiser) "
+        "after the same steps."
+    )
+    return lines
+
+
+def plot(path: Path, runs: Sequence[dict[str, Any]], target: float) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    ax = figure.subplots()
+    for method in dict.fromkeys(r["method"] for r in runs):
+        curves = [r["curve"] for r in runs if r["method"] == method and r["curve"]]
+        if curves:
+            steps = [step for step, _ in curves[0]]
+            values = np.array([[loss for _, loss in c] for c in curves])
+            (line,) = ax.plot(steps, values.mean(0), marker="o", ms=3, label=method)
+            ax.fill_between(steps, values.min(0), values.max(0), alpha=0.2, color=line.get_color())
+    ax.axhline(target, color="black", ls="--", lw=1, label="target")
+    ax.set(
+        xlabel="step",
+        ylabel="validation loss of the student, nats a byte",
+        title="Mean over seeds, band from lowest to highest",
+    )
+    ax.grid(alpha=0.25)
+    ax.legend()
+    atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return atomic_write(path, lambda f: f.write(out.getvalue().encode()))
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Strict JSON: what is not finite becomes null."""
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, dict):
+            return {k: plain(v) for k, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [plain(v) for v in x]
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+
+    text = json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+    return atomic_write(path, lambda f: f.write(text.encode()))
+
+
+def print_summary(value: Any, prefix: str = "") -> None:
+    """Estimates and intervals of a study, a line each."""
+    if isinstance(value, dict) and "ci95" in value:
+        low, high = value["ci95"]
+        print(f"{prefix}: {value['value']:.3f} [{low:.3f}, {high:.3f}], n = {value['n']}")
+    elif isinstance(value, dict):
+        for k, v in value.items():
+            if k != "tuning":
+                print_summary(v, f"{prefix} / {k}" if prefix else str(k))
+    elif isinstance(value, tuple):
+        print(f"{prefix}: {value[0]:.4f} +- {value[1]:.4f}")
+    elif isinstance(value, (int, float)):
+        print(f"{prefix}: {value:.4g}")
