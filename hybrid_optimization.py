@@ -727,7 +727,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         own = torch.maximum(norms / sizes, floor)
         own = torch.where(torch.tensor(absolute, device=device), torch.ones_like(own), own)
         length = torch.tensor(lengths, device=device) * own * cap
-        if any(decays):
+        if max(decays) > torch.finfo(torch.float32).eps / 4:  # less than rounding: nothing
             share = torch.tensor(decays, device=device) / length.clamp_min(1e-30)
             for d, p, w in zip(directions, params, share, strict=True):
                 d.addcmul_(p.to(d.dtype), w)
@@ -755,12 +755,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 self._adapt(region, active, total > 0, first["active_share"])
             active = active | (cap < 1)
         factor = -length * cut[index]
-        torch._foreach_mul_(directions, list(factor.unbind()))
-        for p, d in zip(params, directions, strict=True):
-            p.add_(d)
+        for p, d, f in zip(params, directions, factor, strict=True):
             if keep_step:
+                d.mul_(f)
+                p.add_(d)
                 self.state[p]["taken"] = d
             else:
+                p.addcmul_(d.to(p.dtype), f.to(p.dtype))
                 self.state[p].pop("taken", None)
 
         live = total > 0
