@@ -114,7 +114,7 @@ TASKS: dict[str, Task] = {
     ),
     "digits": Task("--digits", 192, FROM_SCRATCH),
 }
-HORIZONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0)  # of the baseline's steps
+GRID = 20  # horizons tried are multiples of 1/GRID of the baseline's steps
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -291,6 +291,32 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
 # ------------------------------------------------------------------------------------- studies
 
 
+def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, list[dict[str, Any]]]:
+    """The hybrid's runs at horizons around the smallest that reaches the target: from half the
+    baseline's steps down while it is reached, or up until it is, and one beyond that for the
+    interval. Horizon (steps) -> a record a seed."""
+    horizons: dict[int, list[dict[str, Any]]] = {}
+
+    def reached(point: int) -> bool:
+        steps = STEPS_PER_EPOCH * max(1, round(point / GRID * task.steps / STEPS_PER_EPOCH))
+        keys = [bench.key("Full hybrid", task.flags, steps, s) for s in range(seeds)]
+        horizons[steps] = bench.run(keys)
+        return bool(np.mean([r["final_loss"] for r in horizons[steps]]) <= target)
+
+    point = GRID // 2
+    if reached(point):
+        reached(point + 1)
+        while point > 1 and reached(point - 1):
+            point -= 1
+        return dict(sorted(horizons.items()))
+    while point < GRID:
+        point += 1
+        if reached(point):
+            break
+    reached(point + 1)
+    return horizons
+
+
 def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
     """Steps and seconds to what tuned AdamW ends at, per task."""
     summary: dict[str, Any] = {}
@@ -303,16 +329,7 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
             keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
             reference = bench.run(keys)
             target = [r["final_loss"] for r in reference]
-            horizons: dict[int, list[dict[str, Any]]] = {}
-            spare = 1  # one horizon beyond the first that reaches the target, for the interval
-            for share in HORIZONS:
-                steps = STEPS_PER_EPOCH * round(share * task.steps / STEPS_PER_EPOCH)
-                keys = [bench.key("Full hybrid", task.flags, steps, s) for s in range(seeds)]
-                horizons[steps] = bench.run(keys)
-                if np.mean([r["final_loss"] for r in horizons[steps]]) <= np.mean(target):
-                    spare -= 1
-                    if spare < 0:
-                        break
+            horizons = bracket(bench, task, seeds, float(np.mean(target)))
             losses = {h: [r["final_loss"] for r in rs] for h, rs in horizons.items()}
             label = baseline.split()[0].lower().replace("-", "_")
             entry[f"{label}_loss"] = mean_interval(target)

@@ -11,6 +11,9 @@ class UserError(Exception):
 
     code = 2
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # a path may hold line breaks
+
 
 class RunFailed(UserError):
     """A run that started properly and could not go on."""

@@ -115,11 +115,24 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert entry["steps_ratio_vs_adamw"]["value"] == 0.5
     assert entry["seconds_ratio_vs_adamw"]["value"] == pytest.approx(0.5)
     horizons = sorted({steps for method, steps, _, _ in law if method == "Full hybrid"})
-    assert horizons == [64, 96, 128, 160, 192]  # one beyond the first that reaches the target
+    assert horizons == [144, 160, 176]  # one on either side of the first that reaches the target
     assert all(s == benchmark.TUNING_SEED for m, _, s, f in law if m == "AdamW" and "4" in f)
     count = len(law)
     study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW")
     assert len(law) == count  # all from the log
+
+
+@pytest.mark.parametrize(("target", "hit"), [(1.625, 80), (1.2, 256), (0.5, None)])
+def test_horizons_are_bracketed_from_both_sides(law, tmp_path, target, hit):
+    """The hybrid's loss is 1 + 50 / steps by the law of these runs."""
+    bench = benchmark.Bench(tmp_path, 1, "cpu")
+    found = benchmark.bracket(bench, benchmark.TASKS["toy"], 1, target)
+    good = [h for h, rs in found.items() if rs[0]["final_loss"] <= target]
+    assert min(good, default=None) == hit
+    assert list(found) == sorted(found)
+    if hit:
+        assert hit - 16 in found
+        assert len(good) >= 2
 
 
 def test_the_other_studies_summarise(law, tmp_path, capsys):

@@ -419,3 +419,7 @@ def test_calibration_that_cannot_be(fails, flags, words):
 def test_missing_optimizer_package(fails, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
     assert f"pip install {package}" in fails("--optimizer", name)
+
+
+def test_a_path_with_line_breaks_gives_one_line(fails):
+    assert "no\nsuch" not in fails("--teacher", "no\nsuch\nfile.npz")

@@ -1,0 +1,331 @@
+"""The constrained step: against float64 twins, closed forms and what PyTorch users expect."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toys import backward, digits, make_net, same
+
+from hybrid_optimization import (
+    ConstrainedOptimizer,
+    inverse_square_root,
+    named_kinds,
+)
+
+
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=20),
+    st.floats(1e-6, 1e6),
+)
+@settings(max_examples=200, deadline=None)
+def test_apply_constraint_projects(values, radius):
+    update = torch.tensor(values)
+    cut, active = ConstrainedOptimizer.apply_constraint(update, radius)
+    norm = float(torch.linalg.vector_norm(update.double()))
+    assert float(torch.linalg.vector_norm(cut.double())) <= radius * (1 + 1e-6) or norm <= radius
+    assert active == (norm > radius)
+    if not active:
+        assert torch.equal(cut, update)
+    elif norm < 1e20:
+        cosine = float(cut.double() @ update.double())
+        cosine /= max(norm * float(torch.linalg.vector_norm(cut.double())), 1e-300)
+        assert cosine == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_apply_constraint_of_something_not_finite_is_zero(value):
+    cut, active = ConstrainedOptimizer.apply_constraint(torch.tensor([1.0, value]), 1.0)
+    assert active
+    assert cut.tolist() == [0, 0]
+
+
+def test_region_grows_when_inactive_and_shrinks_when_active():
+    p = nn.Parameter(torch.ones(4, 4))
+    radii = {}
+    for lr in (1e-6, 1.0):
+        opt = ConstrainedOptimizer([p], lr=lr)
+        p.grad = torch.randn(4, 4)
+        before = opt.radii().clone()
+        opt.step()
+        radii[lr] = float(opt.radii() / before)
+        assert opt.info.constraint_active == (lr == 1.0)
+    assert radii[1e-6] > 1
+    assert radii[1.0] < 1
+
+
+def test_fixed_radius_stays():
+    model, (x, y) = make_net(), digits()
+    opt = ConstrainedOptimizer(model, lr=0.1, initial_radius=0.02, adapt_radius=False)
+    for _ in range(5):
+        backward(model, x, y)
+        opt.step()
+    assert opt.radii().tolist() == pytest.approx([0.02])
+
+
+def reference_direction(grads: list[np.ndarray], beta: float, decay: float, damping: float):
+    """float64 twin of the matrix direction with the root refreshed at every step."""
+    left = grads[0].shape[0] < grads[0].shape[1]
+    mean = np.zeros_like(grads[0])
+    gram = other = 0.0
+    for t, g in enumerate(grads, 1):
+        mean = beta * mean + (1 - beta) * g
+        gram = decay * gram + (1 - decay) * (g @ g.T if left else g.T @ g)
+        values, vectors = np.linalg.eigh(gram / (1 - decay**t))
+        root = (vectors / np.sqrt(values + damping * values.mean())) @ vectors.T
+        ahead = beta * mean / (1 - beta**t) + (1 - beta) * g
+        # The normalising statistics see the look-ahead without its bias correction.
+        factor = beta / (1 - beta**t)
+        d = root @ ahead if left else ahead @ root
+        size = np.sqrt((d**2).sum(0 if left else 1, keepdims=True))
+        other = decay * other + (1 - decay) * (size / factor) ** 2
+    shaped = d / np.sqrt(other)
+    shaped *= np.linalg.norm(d) / np.linalg.norm(shaped)
+    return shaped * math.sqrt(max(mean.shape))
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_matrix_step_equals_its_float64_twin(shape):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=shape)
+    p = nn.Parameter(torch.tensor(w, dtype=torch.float32))
+    opt = ConstrainedOptimizer([p], lr=1e-3, use_trust_region=False, refresh_every=1)
+    grads = []
+    for _ in range(5):
+        g = rng.normal(size=shape)
+        grads.append(g)
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        opt.step()
+        d = reference_direction(grads, 0.9, 0.95, 0.1)
+        w = w - 1e-3 * 20 * np.sqrt((w**2).mean()) * d
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-4, atol=1e-5)
+
+
+def test_vectors_step_as_adam_with_look_ahead():
+    """The diagonal metric against its formula in float64, and against torch's Adam at momentum 0
+    (where there is no look-ahead)."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=7)
+    p = nn.Parameter(torch.tensor(w, dtype=torch.float32))
+    ours = ConstrainedOptimizer([p], lr=1e-2, use_trust_region=False)
+    a, b = nn.Parameter(torch.tensor(w)), nn.Parameter(torch.tensor(w))
+    plain = ConstrainedOptimizer([a], lr=1e-2, momentum=0.0, use_trust_region=False)
+    adam = torch.optim.Adam([b], lr=3e-2, betas=(0.0, 0.95), eps=1e-12)
+    mean, square = np.zeros(7), np.zeros(7)
+    for t in range(1, 7):
+        g = rng.normal(size=7)
+        mean = 0.9 * mean + 0.1 * g
+        square = 0.95 * square + 0.05 * g * g
+        ahead = 0.9 * mean / (1 - 0.9**t) + 0.1 * g
+        w = w - 3e-2 * ahead / np.sqrt(square / (1 - 0.95**t))
+        p.grad = torch.tensor(g, dtype=torch.float32)
+        a.grad, b.grad = torch.tensor(g), torch.tensor(g)
+        for optimizer in (ours, plain, adam):
+            optimizer.step()
+        np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_whitening_of_one_gradient_is_its_polar_factor():
+    """Without noise and damping the whitened gradient is sqrt(n) times the orthogonal polar factor;
+    the other side's normalisation then equalises its columns and keeps its length."""
+    torch.manual_seed(0)
+    g = torch.randn(5, 8)
+    p = nn.Parameter(torch.ones(5, 8))
+    opt = ConstrainedOptimizer([p], lr=0.05, damping=0.0, use_trust_region=False)
+    p.grad = g
+    opt.step()
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    polar = math.sqrt(8) * (u @ vh)
+    equal = polar / torch.linalg.vector_norm(polar, dim=0)
+    equal *= torch.linalg.vector_norm(polar) / torch.linalg.vector_norm(equal)
+    torch.testing.assert_close(1 - p.detach(), equal, rtol=1e-3, atol=1e-4)
+
+
+def test_inverse_square_root():
+    torch.manual_seed(0)
+    a = torch.randn(6, 6, dtype=torch.float64)
+    gram = a @ a.T
+    root = inverse_square_root(gram, 0.0)
+    torch.testing.assert_close(root @ gram @ root, torch.eye(6, dtype=torch.float64))
+    assert torch.isfinite(inverse_square_root(torch.zeros(3, 3), 1e-2)).all()
+
+
+def test_zero_gradients_and_zero_weights_do_not_divide_by_zero():
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    opt = ConstrainedOptimizer(model, lr=0.1)
+    for value in (0.0, 1.0):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        opt.step()
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all((p != 0).all() for p in model.parameters())
+
+
+def test_optimizer_works_alone():
+    """param groups, a scheduler, a closure called once, state_dict round trip."""
+    x, y = digits(128)
+    model = make_net()
+    opt = ConstrainedOptimizer(model, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda t: 1 / (1 + t))
+    calls = []
+
+    def closure():
+        calls.append(1)
+        return backward(model, x, y)
+
+    first = opt.step(closure)
+    assert len(calls) == 1
+    schedule.step()
+    assert opt.param_groups[0]["lr"] == 1e-3
+    twin = make_net()
+    twin.load_state_dict(model.state_dict())
+    other = ConstrainedOptimizer(twin, lr=1.0)
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
+    for m, o in ((model, opt), (twin, other)):
+        backward(m, x, y)
+        o.step()
+    same(model.state_dict(), twin.state_dict())
+    assert backward(model, x, y).item() < first.item()
+
+
+def test_plain_parameters_and_added_groups():
+    a, b = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(5))
+    opt = ConstrainedOptimizer([a], lr=1e-2)
+    opt.add_param_group({"params": [b], "lr": 1e-3})
+    a.grad, b.grad = torch.ones(3, 4), torch.ones(5)
+    opt.step()
+    assert (a < 1).all()
+    assert (b < 1).all()
+
+
+def test_kinds():
+    model = nn.ModuleDict(
+        {
+            "emb": nn.Embedding(9, 4),
+            "norm": nn.LayerNorm(4),
+            "fc": nn.Linear(4, 4),
+            "head": nn.Linear(4, 9, bias=False),
+        }
+    )
+    kinds = {n: k for n, _, k in named_kinds(model)}
+    assert kinds == {
+        "emb.weight": "embedding",
+        "norm.weight": "vector",
+        "norm.bias": "vector",
+        "fc.weight": "matrix",
+        "fc.bias": "vector",
+        "head.weight": "head",
+    }
+
+
+# ------------------------------------------------------------------- as a PyTorch optimiser
+
+
+def test_gradient_scaler_unscales_and_skips():
+    """Scaled gradients step as plain ones; an overflow is skipped and halves the scale."""
+    x, y = digits(128)
+    models = [make_net(), make_net()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for model, scale in zip(models, (None, scaler), strict=True):
+        opt = ConstrainedOptimizer(model, lr=2e-3)
+        for _ in range(3):
+            loss = backward(model, x, y)
+            if scale is not None:
+                model.zero_grad()
+                scale.scale(nn.functional.cross_entropy(model(x), y)).backward()
+                scale.step(opt)
+                scale.update()
+            else:
+                opt.step()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    before = copy.deepcopy(models[1].state_dict())
+    for p in models[1].parameters():
+        p.grad = torch.full_like(p, float("inf"))
+    scaler.scale(loss)
+    scaler.step(opt)
+    scaler.update()
+    same(before, models[1].state_dict())
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_closure_schedulers_and_copies():
+    """A deep copy of model and optimiser goes on exactly as the original."""
+    x, y = digits(128)
+    model = make_net()
+    opt = ConstrainedOptimizer(model, lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, 3e-3, total_steps=20, cycle_momentum=False)
+    for _ in range(4):
+        opt.step(lambda: backward(model, x, y))
+        schedule.step()
+    twin, other = copy.deepcopy((model, opt))
+    for m, o in ((model, opt), (twin, other)):
+        for _ in range(3):
+            backward(m, x, y)
+            o.step()
+    same(model.state_dict(), twin.state_dict())
+
+
+def test_bfloat16_parameters_move():
+    x, y = digits(128)
+    model = make_net().to(torch.bfloat16)
+    opt = ConstrainedOptimizer(model, lr=5e-3)
+    first = backward(model, x.bfloat16(), y).item()
+    for _ in range(20):
+        backward(model, x.bfloat16(), y)
+        opt.step()
+    assert backward(model, x.bfloat16(), y).item() < 0.8 * first
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+
+
+def test_parameters_without_gradient_are_left_alone():
+    x, y = digits(64)
+    model = make_net()
+    frozen = model[0].weight.requires_grad_(False)
+    before = frozen.clone()
+    opt = ConstrainedOptimizer(list(model.parameters()), lr=1e-2)
+    backward(model, x, y)
+    opt.step()
+    assert torch.equal(frozen, before)
+    model.zero_grad()
+    after = copy.deepcopy(model.state_dict())
+    opt.step()  # no gradients at all
+    same(after, model.state_dict())
+
+
+def test_same_gradients_on_every_rank_give_the_same_step():
+    """What data-parallel training needs: equal parameters and gradients step bit-identically."""
+    x, y = digits(128)
+    ranks = [make_net(), make_net()]
+    opts = [ConstrainedOptimizer(m, lr=2e-3) for m in ranks]
+    for _ in range(12):
+        for m, o in zip(ranks, opts, strict=True):
+            backward(m, x, y)
+            o.step()
+    same(ranks[0].state_dict(), ranks[1].state_dict())
+
+
+@pytest.mark.slow
+def test_compiled_model():
+    """A model under torch.compile trains as the plain one (slow: it compiles)."""
+    x, y = digits(128)
+    plain, model = make_net(), make_net()
+    compiled = torch.compile(model)
+    losses = []
+    for m, root in ((plain, plain), (compiled, model)):
+        opt = ConstrainedOptimizer(root, lr=2e-3)
+        for _ in range(5):
+            loss = backward(m, x, y)
+            opt.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)

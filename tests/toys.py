@@ -1,0 +1,55 @@
+"""A model that is not ours, its data, and bit-exact comparison, for the optimiser's tests."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def make_net(seed: int = 0) -> nn.Module:
+    """A model that is not ours: convolution, normalisation, embedding-free, with biases."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.LayerNorm(4 * 36),
+        nn.Linear(4 * 36, 16),
+        nn.GELU(),
+        nn.Linear(16, 10),
+    )
+
+
+def digits(n: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = torch.tensor(data.images[:n] / 16, dtype=torch.float32)
+    return images[:, None], torch.tensor(data.target[:n])
+
+
+def backward(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    model.zero_grad()
+    loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    return loss
+
+
+def same(a, b):
+    """Nested structures with bit-identical tensors."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            same(a[k], b[k])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, np.ndarray):
+        np.testing.assert_array_equal(a, b)
+    else:
+        assert a == b
