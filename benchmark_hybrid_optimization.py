@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 import sys
 import sysconfig
 import time
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import distillation
 from hybrid_optimization import schedule_factor
 from lowbit import RunFailed, UserError
-from lowbit.checkpoint import prepare_folder
+from lowbit.checkpoint import atomic_write, prepare_folder
 from lowbit.corpus import StratifiedSampler
 from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options
 from lowbit.study import (
@@ -52,8 +53,10 @@ from lowbit.tables import (
     format_quantization,
     format_table,
     plot,
+    plot_study,
     print_summary,
     quantization_rows,
+    study_readme,
     summarise,
     write_csv,
     write_json,
@@ -114,6 +117,7 @@ TASKS: dict[str, Task] = {
     ),
     "digits": Task("--digits", 192, FROM_SCRATCH),
 }
+TIMED_PAIRS = 3
 GRID = 20  # horizons tried are multiples of 1/GRID of the baseline's steps
 
 
@@ -219,6 +223,7 @@ class Bench:
         self.log = RunLog(folder / "runs.jsonl")
         self.where = machine()
         self.bar = tqdm(unit="run", file=sys.stderr, leave=False)
+        self.used: dict[int, dict[str, Any]] = {}  # records that a result was made of
 
     def key(
         self, method: str, task: str, steps: int, seed: int, extra: Sequence[str] = ()
@@ -244,8 +249,9 @@ class Bench:
             for k, a in zip(missing, arguments, strict=True):
                 self.bar.set_description(f"{k['method']}, seed {k['seed']}")
                 self._keep(k, run_once(*a))
-        found = [self.log.find(k) for k in keys]
-        return [r for r in found if r is not None]
+        found = [r for r in map(self.log.find, keys) if r is not None]
+        self.used |= {id(r): r for r in found}
+        return found
 
     def _keep(self, key: dict[str, Any], result: dict[str, Any]) -> None:
         self.log.append({**key, **result, **self.where})
@@ -317,6 +323,25 @@ def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, li
     return horizons
 
 
+def side_by_side(
+    bench: Bench, task: Task, baseline: str, flags: Sequence[str], steps: int, pairs: int
+) -> dict[str, Any]:
+    """Seconds of the hybrid for ``steps`` over those of the baseline for the task's steps. Runs
+    of a quarter of both lengths take turns, one at a time, on the machine that summarises; the
+    other steps are added at each run's median, and what is not a step (clustering, calibration,
+    validation) is inside once.
+    """
+    sides = ((baseline, task.steps, flags), ("Full hybrid", steps, ()))
+    seconds: dict[str, list[float]] = {baseline: [], "Full hybrid": []}
+    for seed in range(pairs):
+        for method, length, extra in sides:
+            quarter = STEPS_PER_EPOCH * max(1, round(length / 4 / STEPS_PER_EPOCH))
+            key = bench.key(method, task.flags, quarter, seed, extra)
+            (run,) = bench.run([{**key, "purpose": "timing", "cpu": bench.where["cpu"]}])
+            seconds[method].append(run["seconds"] + (length - quarter) * run["step_seconds"])
+    return ratio(seconds["Full hybrid"], seconds[baseline])
+
+
 def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
     """Steps and seconds to what tuned AdamW ends at, per task."""
     summary: dict[str, Any] = {}
@@ -337,10 +362,8 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
             entry[f"steps_ratio_vs_{label}"] = steps_ratio(losses, target, task.steps)
             reached = smallest_horizon(losses, float(np.mean(target)), np.arange(seeds))
             if math.isfinite(reached):
-                hit = horizons[int(reached)]
-                base_seconds = [r["seconds"] for r in reference]
-                entry[f"seconds_ratio_vs_{label}"] = ratio(
-                    [r["seconds"] for r in hit], base_seconds
+                entry[f"seconds_ratio_vs_{label}"] = side_by_side(
+                    bench, task, baseline, best, int(reached), min(seeds, TIMED_PAIRS)
                 )
             entry["hybrid_losses"] = {str(h): mean_interval(x) for h, x in losses.items()}
             entry["hybrid_kl"] = {
@@ -528,7 +551,7 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
 # ---------------------------------------------------------------------------------- command line
 
 
-def run_study(name: str, o: argparse.Namespace, folder: Path) -> None:
+def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[str]) -> None:
     function, seeds, tasks, methods = STUDIES[name]
     bench = Bench(folder, o.jobs, o.device)
     seeds = o.seeds if o.seeds is not None else seeds
@@ -536,11 +559,28 @@ def run_study(name: str, o: argparse.Namespace, folder: Path) -> None:
     bench.bar.close()
     print(name)
     print_summary(found)
-    path = write_json(folder / "summary.json", {"study": name, **bench.where, **found})
-    print(f"Wrote {bench.log.path}\nWrote {path}")
+    written = [
+        bench.log.path,
+        write_json(folder / "summary.json", {"study": name, **bench.where, **found}),
+    ]
+    text = study_readme(
+        name,
+        shlex.join(["python", "benchmark_hybrid_optimization.py", *command]),
+        list(bench.used.values()),
+        len(bench.log.runs),
+    )
+    written.append(atomic_write(folder / "README.md", lambda f: f.write(text.encode())))
+    try:
+        plot_study(folder / "summary.png", name, found["tasks"])
+        written.append(folder / "summary.png")
+    except ImportError:
+        print("No picture: pip install matplotlib")
+    for path in written:
+        print(f"Wrote {path}")
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
         prog="benchmark_hybrid_optimization.py",
         description=__doc__,
@@ -580,7 +620,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError(f"--{name} must be at least 1")
         if o.study:
             for name in STUDIES if o.study == "all" else [o.study]:
-                run_study(name, o, prepare_folder(Path(o.output_dir) / name))
+                run_study(name, o, prepare_folder(Path(o.output_dir) / name), argv)
         else:
             o.seeds = o.seeds or 3
             parse_options(o.task.split())

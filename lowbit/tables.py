@@ -118,6 +118,81 @@ def plot(path: Path, runs: Sequence[dict[str, Any]], target: float) -> None:
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
 
 
+def intervals(value: Any, label: str = "") -> list[tuple[str, float, float]]:
+    """(label, mean, half width) of every mean in a study's entry, but those of the KL."""
+    if isinstance(value, tuple):
+        return [(label, value[0], value[1] if math.isfinite(value[1]) else 0.0)]
+    found = []
+    for k, v in value.items() if isinstance(value, dict) else ():
+        if not str(k).endswith("kl"):
+            found += intervals(v, f"{label}, {k}" if label else str(k))
+    return found
+
+
+def plot_study(path: Path, name: str, tasks: dict[str, Any]) -> None:
+    """A panel a task: loss against the horizon (convergence) or the rate (lr-sensitivity), else
+    a bar for each mean with its interval."""
+    from matplotlib.figure import Figure
+
+    bars = name not in ("convergence", "lr-sensitivity")
+    count = len(tasks)
+    rows = max((len(intervals(e)) for e in tasks.values()), default=1) if bars else 12
+    figure = Figure(figsize=(6 * count + 1, max(4, 0.4 * rows)), layout="constrained")
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    for ax, (task, entry) in zip(panels, tasks.items(), strict=True):
+        ax.set_title(f"{name}: {task}")
+        ax.grid(alpha=0.25)
+        if name == "convergence":
+            steps = sorted(int(h) for h in entry["hybrid_losses"])
+            means, halves = zip(*(entry["hybrid_losses"][str(h)] for h in steps), strict=True)
+            ax.errorbar(steps, means, halves, marker="o", capsize=3, label="hybrid")
+            for i, (key, (mean, half)) in enumerate(
+                (k, v) for k, v in entry.items() if k.endswith("_loss")
+            ):
+                label = f"tuned {key.removesuffix('_loss')}"
+                where = [entry["baseline_steps"]], [mean]
+                ax.errorbar(*where, [half], marker="s", capsize=3, color=f"C{i + 1}", label=label)
+                ax.axhline(mean, color=f"C{i + 1}", ls="--", lw=1)
+            ax.set(xlabel="steps of the whole run", ylabel="final validation loss, nats a byte")
+            ax.legend()
+        elif name == "lr-sensitivity":
+            for method, found in entry.items():
+                rates = sorted(found["losses"], key=float)
+                losses = [found["losses"][r] for r in rates]
+                ax.plot([float(r) for r in rates], losses, marker="o", label=method)
+            ax.set(xlabel="base rate", ylabel="final validation loss, nats a byte", xscale="log")
+            ax.legend()
+        else:
+            found = intervals(entry)[::-1]
+            labels, means, halves = zip(*found, strict=True)
+            ax.errorbar(means, range(len(means)), xerr=halves, fmt="o", capsize=3)
+            ax.set_yticks(range(len(means)), labels)
+            ax.set_xlabel("seconds a step" if name == "overhead" else "final loss, nats")
+    atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
+
+
+def study_readme(name: str, command: str, used: Sequence[dict[str, Any]], kept: int) -> str:
+    """Where a study's numbers come from. used: the runs in its summary; kept: lines in its log."""
+
+    def every(key: str) -> str:
+        return ", ".join(sorted({str(r[key]) for r in used if r.get(key) is not None}))
+
+    left = kept - len(used)
+    return "\n".join(
+        [
+            f"# {name}\n",
+            f"- Command: `{command}`",
+            f"- Machine: {every('cuda') or every('cpu')}, {every('threads')} threads",
+            f"- Versions: {every('version')}, Python {every('python')}, torch {every('torch')}, "
+            f"numpy {every('numpy')}",
+            f"- Commit: {every('commit')} (each run's own is in its line of `runs.jsonl`)",
+            f"- Withheld: nothing; {left} of the {kept} runs in `runs.jsonl` are not part of "
+            "`summary.json`, because its command does not ask for them",
+            "",
+        ]
+    )
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0])

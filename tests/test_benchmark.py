@@ -106,6 +106,9 @@ def study(name: str, folder, *flags: str) -> dict:
     return json.loads((folder / name / "summary.json").read_text())["tasks"]["toy"]
 
 
+STUDY_FILES = {"README.md", "runs.jsonl", "summary.json", "summary.png"}
+
+
 def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_path, capsys):
     entry = study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW")
     tuning = entry["tuning"]["AdamW"]
@@ -114,9 +117,17 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert min(rates) < 2 < max(rates)
     assert entry["steps_ratio_vs_adamw"]["value"] == 0.5
     assert entry["seconds_ratio_vs_adamw"]["value"] == pytest.approx(0.5)
-    horizons = sorted({steps for method, steps, _, _ in law if method == "Full hybrid"})
-    assert horizons == [144, 160, 176]  # one on either side of the first that reaches the target
+    horizons = [steps for method, steps, _, _ in law if method == "Full hybrid"]
+    # One on either side of the first that reaches the target; then a quarter of it, for the time.
+    assert horizons == [160] * 3 + [176] * 3 + [144] * 3 + [32] * 3
+    order = [method for method, steps, _, _ in law if steps in (32, 80)]
+    assert order == ["AdamW", "Full hybrid"] * 3  # side by side
     assert all(s == benchmark.TUNING_SEED for m, _, s, f in law if m == "AdamW" and "4" in f)
+    folder = tmp_path / "convergence"
+    assert {p.name for p in folder.iterdir()} == STUDY_FILES
+    readme = (folder / "README.md").read_text()
+    assert "python benchmark_hybrid_optimization.py --study convergence --tasks toy" in readme
+    assert "0 of the" in readme
     count = len(law)
     study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW")
     assert len(law) == count  # all from the log
@@ -149,6 +160,8 @@ def test_the_other_studies_summarise(law, tmp_path, capsys):
     entry = study("ablation", tmp_path)
     assert entry["AdamW"]["loss_ratio_vs_full"]["value"] > 1
     assert "Hybrid - trust region" in entry
+    for name in ("lr-sensitivity", "quantization", "overhead", "batch-size", "ablation"):
+        assert {p.name for p in (tmp_path / name).iterdir()} == STUDY_FILES
 
 
 @pytest.mark.parametrize(
