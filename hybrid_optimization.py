@@ -521,6 +521,52 @@ def named_kinds(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
     ]
 
 
+def _kind(p: Tensor, group: dict[str, Any]) -> str:
+    return group["kind"] or parameter_kind("", p, set(), None)
+
+
+class _Layout:
+    """Of the parameters that a step moves, in order: vectors (n,), which of them are vectors;
+    sizes (n,), root of the number of entries; floors (n,), a tenth of the root mean square of a
+    usual start; index (n,), the cluster; gains (n,), the length at a rate of 1."""
+
+    def __init__(
+        self,
+        key: tuple[int, list[tuple[int, int, str]]],
+        params: Sequence[Tensor],
+        vectors: Sequence[bool],
+        clusters: Sequence[int],
+        gains: Sequence[float],
+        count: int,
+    ) -> None:
+        device = params[0].device
+        floors = [
+            0.1 if vector else 0.1 / math.sqrt(p[0].numel())
+            for p, vector in zip(params, vectors, strict=True)
+        ]
+        self.key, self.count = key, count
+        self.vectors = torch.tensor(vectors, device=device)
+        self.sizes = torch.tensor([p.numel() for p in params], device=device).sqrt()
+        self.floors = torch.tensor(floors, device=device)
+        self.index = torch.tensor(clusters, device=device)
+        self.gains = torch.tensor(gains, device=device)
+
+    def times(self, rates: Sequence[float]) -> Tensor:
+        """gains x a rate for each parameter (n,). Runs of equal rates are one operation each."""
+        parts = []
+        start = 0
+        for i in range(1, len(rates) + 1):
+            if i == len(rates) or rates[i] != rates[start]:
+                parts.append(self.gains[start:i] * rates[start])
+                start = i
+        return torch.cat(parts)
+
+    def over_clusters(self, x: Tensor) -> Tensor:
+        """Root of the sum of squares in each cluster, (n,) -> (C,)."""
+        zero = torch.zeros(self.count, device=x.device)
+        return zero.index_add(0, self.index, x**2).sqrt()
+
+
 class ConstrainedOptimizer(torch.optim.Optimizer):
     """The trust-region step, alone: a PyTorch optimiser for all parameters of a model.
 
@@ -549,6 +595,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     RECENTRE = 0.1
     RELATIVE_GAIN = 20.0  # lr 1e-3 -> 2 % of the weights' root mean square
     VECTOR_GAIN = 3.0  # entries of vectors move by at most 3 lr
+
+    # On the class, because a copy of an optimiser has its groups and states only.
+    never_wait = False  # on the CPU too: for tests of what a GPU does
+    _stats: Tensor | tuple[float, ...] = (0.0, 0.0, 0.0, RADIUS_RANGE[0], 0.0)
+    _cached: _Layout | None = None
 
     def __init__(
         self,
@@ -594,9 +645,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         super().__init__(params or [{"params": []}], defaults)
         if not params:
             self.param_groups.clear()  # unbound: groups are added when a model arrives
-        self.info = ConstrainedUpdateInfo(0.0, False, initial_radius)
-        self.active_share = 0.0  # of the clusters, at the newest step
-        self.proposal_log10 = 0.0  # of the newest proposal's length over the region's centre
+        self._stats = (0.0, 0.0, 0.0, initial_radius, 0.0)
 
     @staticmethod
     def apply_constraint(update: Any, constraint_radius: float) -> tuple[Any, bool]:
@@ -631,14 +680,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def slope(self) -> Tensor:
         """<g, s>: this gradient along the newest step taken, as a 0-dimensional tensor."""
-        total = torch.zeros(())
+        products = []
         for group in self.param_groups:
             for p in group["params"]:
                 taken = self.state[p].get("taken") if p in self.state else None
                 if p.grad is not None and taken is not None:
-                    product = torch.dot(p.grad.float().reshape(-1), taken.reshape(-1))
-                    total = total.to(p.device) + product
-        return total
+                    products.append(torch.dot(p.grad.float().reshape(-1), taken.reshape(-1)))
+        if not products:
+            return torch.zeros(())
+        return torch.stack([x.to(products[0].device) for x in products]).sum()
 
     def radii(self) -> Tensor:
         """mu_c for each cluster (C,), fractions of ||Theta_c||_2."""
@@ -683,7 +733,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         before its region is asked; keep_step remembers the step for `slope`; gradient_norm
         spares its computation where the caller knows it.
 
-        A gradient that is not finite skips the step and touches nothing.
+        A gradient that is not finite skips the step and touches nothing. On a GPU the host never
+        waits, but for the eigenvalues of a refresh; reading `info` waits.
         """
         loss = None
         if closure is not None:
@@ -691,70 +742,63 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if gradient_norm is None or closure is not None:
             gradient_norm = self.gradient_norm()
-        if not bool(torch.isfinite(gradient_norm)):
-            self.info = ConstrainedUpdateInfo(0.0, False, self.info.constraint_radius)
+        live = [
+            (p, cluster, group)
+            for group in self.param_groups
+            for p, cluster in zip(group["params"], self._clusters(group), strict=True)
+            if p.grad is not None
+        ]
+        if not live:
             return loss
-
-        params: list[Tensor] = []
-        directions: list[Tensor] = []
-        lengths: list[float] = []  # lr x gain of each parameter
-        absolute: list[bool] = []  # the length is not relative to the parameter's size
-        floors: list[float] = []  # a tenth of the root mean square of a usual start
-        decays: list[float] = []
-        clusters: list[int] = []
-        first = self.param_groups[0] if self.param_groups else self.defaults
-        for group in self.param_groups:
-            for p, cluster in zip(group["params"], self._clusters(group), strict=True):
-                if p.grad is None:
-                    continue
-                kind = group["kind"] or parameter_kind("", p, set(), None)
-                directions.append(self._direction(p, kind, group, len(params)))
-                params.append(p)
-                lr = group["lr"]
-                vector = kind == "vector"
-                lengths.append(lr * (self.VECTOR_GAIN if vector else self.RELATIVE_GAIN))
-                absolute.append(vector)
-                floors.append(0.1 if vector else 0.1 / math.sqrt(p[0].numel()))
-                decays.append(lr * group["weight_decay"])
-                clusters.append(cluster)
-        if not params:
+        finite = torch.isfinite(gradient_norm)
+        waits = finite.device.type == "cpu" and not self.never_wait
+        if waits and not bool(finite):
+            *_, radius, ratio = self._newest()
+            self._stats = (0.0, 0.0, 0.0, radius, ratio)
             return loss
+        # Elsewhere the host does not wait for the answer: a step that must not happen has weight
+        # zero in everything that it would touch.
+        keep = None if waits else finite.float()
 
-        device = params[0].device
-        sizes = torch.tensor([p.numel() for p in params], device=device).sqrt()
-        norms = torch.stack([n.to(device) for n in torch._foreach_norm(params)]).float()
-        floor = torch.tensor(floors, device=device)
-        own = torch.maximum(norms / sizes, floor)
-        own = torch.where(torch.tensor(absolute, device=device), torch.ones_like(own), own)
-        length = torch.tensor(lengths, device=device) * own * cap
+        layout = self._layout(live)
+        params, directions = [p for p, _, _ in live], []
+        rates, decays = [], []
+        for order, (p, _, group) in enumerate(live):
+            directions.append(self._direction(p, group, order, keep))
+            rates.append(group["lr"])
+            decays.append(group["lr"] * group["weight_decay"])
+
+        norms = torch.stack([n.to(layout.gains.device) for n in torch._foreach_norm(params)])
+        norms = norms.float()
+        own = torch.maximum(norms / layout.sizes, layout.floors)
+        length = layout.times(rates) * torch.where(layout.vectors, 1.0, own) * cap
         if max(decays) > torch.finfo(torch.float32).eps / 4:  # less than rounding: nothing
-            share = torch.tensor(decays, device=device) / length.clamp_min(1e-30)
-            for d, p, w in zip(directions, params, share, strict=True):
-                d.addcmul_(p.to(d.dtype), w)
-        proposed = torch.stack([n.to(device) for n in torch._foreach_norm(directions)]) * length
+            for d, p, decay, share in zip(directions, params, decays, length, strict=True):
+                d.addcmul_(p.to(d.dtype), decay / share.clamp_min(1e-30))
+        proposed = torch.stack([n.to(length.device) for n in torch._foreach_norm(directions)])
 
-        index = torch.tensor(clusters, device=device)
         region = self._region
-        count = len(region["centre"])
-
-        def over_cluster(x: Tensor) -> Tensor:  # root of the sum of squares, (C,)
-            return torch.zeros(count, device=device).index_add(0, index, x**2).sqrt()
-
-        total = over_cluster(proposed)
+        total = layout.over_clusters(proposed * length)
         # ||Theta_c||; a cluster that starts at zero could never move, so the floor stands in.
-        weight = torch.maximum(over_cluster(norms), over_cluster(floor * sizes))
-        cut = torch.ones(count, device=device)
-        active = torch.zeros(count, dtype=torch.bool, device=device)
+        weight = torch.maximum(
+            layout.over_clusters(norms), layout.over_clusters(layout.floors * layout.sizes)
+        )
+        moving = total > 0
+        cut = torch.ones_like(total)
+        active = torch.zeros_like(moving)
         radii = (self.radii() * radius_scale).clamp(max=RADIUS_RANGE[1])
+        first = live[0][2]
         if first["use_trust_region"]:
             # Rounding Theta + d to float32 moves Theta by up to 1e-7 of itself.
             allowed = (radii - 1.2e-7).clamp_min(0) * weight
             active = total > allowed
             cut = torch.where(active, allowed / total.clamp_min(1e-30), cut)
             if first["adapt_radius"]:
-                self._adapt(region, active, total > 0, first["active_share"])
+                self._adapt(region, active, moving, first["active_share"], finite)
             active = active | (cap < 1)
-        factor = -length * cut[index]
+        if keep is not None:
+            cut = cut * keep
+        factor = -length * cut[layout.index]
         for p, d, f in zip(params, directions, factor, strict=True):
             if keep_step:
                 d.mul_(f)
@@ -764,56 +808,108 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 p.addcmul_(d.to(p.dtype), f.to(p.dtype))
                 self.state[p].pop("taken", None)
 
-        live = total > 0
-        ratio = total / (region["centre"] * radius_scale * weight).clamp_min(1e-30)
-        stats = torch.stack(
+        asked = total / (region["centre"] * radius_scale * weight).clamp_min(1e-30)
+        asked = torch.log10(asked.clamp(1e-6, 1e6)) * moving
+        count = moving.sum().clamp_min(1)
+        self._stats = torch.stack(
             [
                 torch.linalg.vector_norm(total * cut),
-                torch.linalg.vector_norm(total),
-                (active & live).sum() / live.sum().clamp_min(1),
+                torch.linalg.vector_norm(total) / cap,
+                (active & moving).sum() / count,
                 radii.max(),
-                torch.log10(ratio.clamp(1e-6, 1e6))[live].mean(),
+                asked.sum() / count,
             ]
-        )
-        taken, wished, self.active_share, radius, self.proposal_log10 = stats.tolist()
-        wished /= cap
-        self.info = ConstrainedUpdateInfo(
-            taken, self.active_share > 0, radius, efficiency=taken / wished if wished else 1.0
         )
         return loss
 
-    def _adapt(self, region: dict[str, Tensor], active: Tensor, live: Tensor, share: float) -> None:
+    def _newest(self) -> tuple[float, ...]:
+        """Of the newest step: length taken, length proposed, share of the clusters cut, largest
+        radius, log10 of the proposal over the regions' centre. Reading it waits for the device."""
+        if isinstance(self._stats, Tensor):
+            self._stats = tuple(self._stats.tolist())
+        return self._stats
+
+    @property
+    def info(self) -> ConstrainedUpdateInfo:
+        """The newest step, in numbers."""
+        taken, proposed, share, radius, _ = self._newest()
+        return ConstrainedUpdateInfo(
+            taken, share > 0, radius, efficiency=taken / proposed if proposed else 1.0
+        )
+
+    @property
+    def active_share(self) -> float:
+        """Share of the clusters whose step was cut, at the newest step."""
+        return self._newest()[2]
+
+    @property
+    def proposal_log10(self) -> float:
+        """log10 of the newest proposal's length over its region's centre, mean over clusters."""
+        return self._newest()[4]
+
+    def _layout(self, live: Sequence[tuple[Tensor, int, dict[str, Any]]]) -> _Layout:
+        """What stays while the same parameters have gradients: on the device, copied once."""
+        kinds = [_kind(p, group) for p, _, group in live]
+        count = len(self._region["centre"])
+        key = (count, [(id(p), c, k) for (p, c, _), k in zip(live, kinds, strict=True)])
+        if self._cached is None or self._cached.key != key:
+            self._cached = _Layout(
+                key,
+                [p for p, _, _ in live],
+                [k == "vector" for k in kinds],
+                [cluster for _, cluster, _ in live],
+                [self.VECTOR_GAIN if k == "vector" else self.RELATIVE_GAIN for k in kinds],
+                count,
+            )
+        return self._cached
+
+    def _adapt(
+        self,
+        region: dict[str, Tensor],
+        active: Tensor,
+        moving: Tensor,
+        share: float,
+        finite: Tensor,
+    ) -> None:
         """Cut: the region shrinks. Not cut: it grows. The centre follows the proposals' length,
         slowly (Robbins-Monro on their quantile), so that a share of the steps is cut.
 
         In equilibrium share x SHRINK = (1 - share) x GROW.
         """
-        move = torch.where(active, -self.SHRINK, self.GROW)
-        region["log_factor"].mul_(self.RELAX).add_(move * live)
+        live = moving & finite
+        factor, move = region["log_factor"], torch.where(active, -self.SHRINK, self.GROW)
+        factor.copy_(torch.where(finite, self.RELAX * factor + move * live, factor))
         centre = region["centre"] * torch.exp(self.RECENTRE * (active.float() - share) * live)
         region["centre"].copy_(centre.clamp(*RADIUS_RANGE))
 
-    def _direction(self, p: Tensor, kind: str, group: dict[str, Any], order: int) -> Tensor:
-        """The unit-scale direction of p (its negative is a descent direction), same shape."""
+    def _direction(
+        self, p: Tensor, group: dict[str, Any], order: int, keep: Tensor | None
+    ) -> Tensor:
+        """The unit-scale direction of p (its negative is a descent direction), same shape. keep:
+        0 where the step must leave no trace, 1 otherwise (None: 1, and no time lost on it)."""
         state = self.state[p]
         assert p.grad is not None
-        g = p.grad.float()
+        g = p.grad.float() if keep is None else torch.where(keep > 0, p.grad.float(), 0.0)
+
+        def follow(mean: Tensor, x: Tensor, rate: float) -> None:
+            mean.lerp_(x, rate if keep is None else (rate * keep).to(mean.device))
+
         if not state:
             state["step"] = 0
             state["mean"] = torch.zeros_like(p, dtype=torch.float32)
         state["step"] += 1
         t, beta, decay = state["step"], group["momentum"], group["metric_decay"]
-        state["mean"].lerp_(g, 1 - beta)
+        follow(state["mean"], g, 1 - beta)
         # Nesterov's look-ahead beta mean / (1 - beta^t) + (1 - beta) g, up to its factor.
         factor = beta / (1 - beta**t)
         if factor > 0:
             ahead = torch.add(state["mean"], g, alpha=(1 - beta) / factor)
         else:
             ahead, factor = g.clone(), 1.0
-        if kind != "matrix" or not group["use_matrix_geometry"]:
+        if _kind(p, group) != "matrix" or not group["use_matrix_geometry"]:
             if "square" not in state:
                 state["square"] = torch.zeros_like(g)
-            state["square"].lerp_(g * g, 1 - decay)
+            follow(state["square"], g * g, 1 - decay)
             scale = state["square"].sqrt().mul_(1 / math.sqrt(1 - decay**t)).add_(1e-12)
             return ahead.div_(scale.mul_(1 / factor))
 
@@ -822,7 +918,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         product = g @ g.mT if left else g.mT @ g
         if "gram" not in state:
             state["gram"] = torch.zeros_like(product)
-        state["gram"].lerp_(product, 1 - decay)
+        follow(state["gram"], product, 1 - decay)
         early = t < group["refresh_every"] and t & (t - 1) == 0
         if early or "root" not in state or (t + order) % group["refresh_every"] == 0:
             gram = state["gram"] / (1 - decay**t)
@@ -834,7 +930,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         size = torch.linalg.vector_norm(d, dim=0 if left else 1, keepdim=True)
         if "other" not in state:
             state["other"] = torch.zeros_like(size)
-        state["other"].lerp_(size * size, 1 - decay)
+        follow(state["other"], size * size, 1 - decay)
         weight = state["other"].clamp_min(1e-30).rsqrt()
         length = torch.linalg.vector_norm(size)
         weight *= length / torch.linalg.vector_norm(size * weight).clamp_min(1e-30)

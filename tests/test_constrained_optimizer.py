@@ -315,6 +315,51 @@ def test_same_gradients_on_every_rank_give_the_same_step():
     same(ranks[0].state_dict(), ranks[1].state_dict())
 
 
+def test_the_way_of_a_gpu_is_the_same_step():
+    """Where the host does not wait, steps are the same, and one that is not finite leaves nothing
+    behind but a count."""
+    x, y = digits(128)
+    models = [make_net(), make_net()]
+    opts = [ConstrainedOptimizer(m, lr=2e-3, weight_decay=0.1) for m in models]
+    opts[1].never_wait = True
+    for t in range(12):
+        for m, o in zip(models, opts, strict=True):
+            backward(m, x, y)
+            for group, factor in zip(o.param_groups, (1, 2), strict=False):
+                group["lr"] = factor * 2e-3 / (1 + t)
+            o.step(keep_step=t % 2 == 0)
+        same(models[0].state_dict(), models[1].state_dict())
+        assert opts[0].info == opts[1].info
+        assert opts[0].proposal_log10 == opts[1].proposal_log10
+    model, opt = models[1], opts[1]
+    before = copy.deepcopy((model.state_dict(), opt.state_dict()["state"]))
+    next(model.parameters()).grad[0] = float("nan")
+    opt.step()
+    assert opt.info.update_magnitude == 0
+    same(model.state_dict(), before[0])
+    for key, state in opt.state_dict()["state"].items():
+        for name, value in state.items():
+            if name not in ("step", "taken", "root"):
+                torch.testing.assert_close(value, before[1][key][name], rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+def test_no_step_waits_for_the_gpu():
+    """But those that refresh roots: torch's debug mode raises where the host synchronises."""
+    model = make_net().cuda()
+    x, y = (t.cuda() for t in digits(128))
+    opt = ConstrainedOptimizer(model, lr=2e-3, refresh_every=1000)
+    for _ in range(600):  # beyond the early refreshes
+        backward(model, x, y)
+        opt.step()
+    backward(model, x, y)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        opt.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.slow
 def test_compiled_model():
     """A model under torch.compile trains as the plain one (slow: it compiles)."""
