@@ -588,7 +588,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     that about ``active_share`` of the steps are cut.
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
-    weight_decay (decoupled), betas of the metric, kind, clusters (one integer a parameter).
+    metric_decay, weight_decay (decoupled), use_matrix_geometry, refresh_every, damping, kind,
+    clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
+    active_share) is read from the first group that has a gradient. Raises RuntimeError for sparse
+    or complex gradients.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
@@ -740,8 +743,6 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if gradient_norm is None or closure is not None:
-            gradient_norm = self.gradient_norm()
         live = [
             (p, cluster, group)
             for group in self.param_groups
@@ -750,6 +751,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         ]
         if not live:
             return loss
+        if any(p.grad.is_sparse or p.is_complex() for p, _, _ in live):
+            raise RuntimeError(
+                "ConstrainedOptimizer needs dense, real gradients (embeddings: sparse=False)"
+            )
+        if gradient_norm is None or closure is not None:
+            gradient_norm = self.gradient_norm()
         finite = torch.isfinite(gradient_norm)
         waits = finite.device.type == "cpu" and not self.never_wait
         if waits and not bool(finite):
@@ -913,7 +920,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             scale = state["square"].sqrt().mul_(1 / math.sqrt(1 - decay**t)).add_(1e-12)
             return ahead.div_(scale.mul_(1 / factor))
 
-        g, ahead = g.reshape(len(g), -1), ahead.view(len(g), -1)
+        g, ahead = g.reshape(len(g), -1), ahead.reshape(len(g), -1)
         left = g.shape[0] < g.shape[1]  # the smaller side; of a square matrix the inputs' side
         product = g @ g.mT if left else g.mT @ g
         if "gram" not in state:

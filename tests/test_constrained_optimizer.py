@@ -303,6 +303,82 @@ def test_parameters_without_gradient_are_left_alone():
     same(after, model.state_dict())
 
 
+def test_state_saved_without_pickle_resumes_exactly(tmp_path):
+    """As PyTorch's own test of saving and loading with weights_only."""
+    x, y = digits(128)
+    model, twin = make_net(), make_net()
+    opt, other = ConstrainedOptimizer(model, lr=2e-3), ConstrainedOptimizer(twin, lr=1.0)
+    for _ in range(3):
+        backward(model, x, y)
+        opt.step()
+    torch.save([model.state_dict(), opt.state_dict()], tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    twin.load_state_dict(weights)
+    other.load_state_dict(state)
+    for m, o in ((model, opt), (twin, other)):
+        backward(m, x, y)
+        o.step()
+    same(model.state_dict(), twin.state_dict())
+
+
+def test_memory_layout_of_weights_does_not_matter():
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 6, 3)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 8, 8)
+    for model in (plain, last):
+        opt = ConstrainedOptimizer(model, lr=1e-2)
+        for _ in range(3):
+            model.zero_grad()
+            model(x).square().mean().backward()
+            opt.step()
+    for a, b in zip(plain.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(5, 3, sparse=True)
+    opt = ConstrainedOptimizer(model)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        opt.step()
+
+
+def test_hooks_and_printing():
+    seen = []
+    p = nn.Parameter(torch.ones(3, 4))
+    opt = ConstrainedOptimizer([p], lr=1e-2)
+    opt.register_step_pre_hook(lambda *_: seen.append("before"))
+    opt.register_step_post_hook(lambda *_: seen.append("after"))
+    opt.step()
+    assert seen == ["before", "after"]
+    assert "lr: 0.01" in repr(opt)
+
+
+@pytest.mark.parametrize("schedule", ["StepLR", "CosineAnnealingLR", "ReduceLROnPlateau"])
+def test_goes_downhill_with_torch_schedulers(schedule):
+    """The convex problem of PyTorch's own optimiser tests, with a rate that may fall to 0."""
+    kinds = torch.optim.lr_scheduler
+    torch.manual_seed(0)
+    weight, bias = nn.Parameter(torch.randn(10, 5)), nn.Parameter(torch.randn(10))
+    x = torch.randn(5)
+    opt = ConstrainedOptimizer([{"params": [weight]}, {"params": [bias], "lr": 1e-2}], lr=1e-3)
+    scheduler = {
+        "StepLR": lambda: kinds.StepLR(opt, gamma=0.9, step_size=10),
+        "CosineAnnealingLR": lambda: kinds.CosineAnnealingLR(opt, 20),
+        "ReduceLROnPlateau": lambda: kinds.ReduceLROnPlateau(opt, threshold=0.3),
+    }[schedule]()
+    losses = []
+    for _ in range(20):
+        opt.zero_grad()
+        loss = (weight.mv(x) + bias).square().sum()
+        loss.backward()
+        opt.step()
+        scheduler.step(*([loss.detach()] if schedule == "ReduceLROnPlateau" else []))
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
 def test_same_gradients_on_every_rank_give_the_same_step():
     """What data-parallel training needs: equal parameters and gradients step bit-identically."""
     x, y = digits(128)
