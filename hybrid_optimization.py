@@ -488,11 +488,30 @@ class ConstrainedUpdateInfo:
 
 
 def inverse_square_root(gram: Tensor, damping: float) -> Tensor:
-    """(A + damping mean(eig) I)^(-1/2) of a symmetric positive semi-definite A (m, m)."""
+    """(A + damping mean(eig) I)^(-1/2) of a symmetric positive semi-definite A (m, m).
+
+    By eigenvalues on the CPU, by products alone elsewhere, where eigenvalues are slow and make
+    the host wait.
+    """
+    if gram.device.type != "cpu":
+        return newton_inverse_square_root(gram, damping)
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
     values = values + damping * values.mean() + torch.finfo(gram.dtype).tiny
     return (vectors * values.rsqrt()) @ vectors.mT
+
+
+def newton_inverse_square_root(gram: Tensor, damping: float, iterations: int = 24) -> Tensor:
+    """`inverse_square_root` by the coupled Newton-Schulz iteration (Higham, Functions of
+    Matrices, 2008, eq. 6.35). Needs damping > 0: an eigenvalue of 1e-5 of the norm takes 20."""
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    a = gram + (damping * gram.trace() / len(gram) + torch.finfo(gram.dtype).tiny) * eye
+    norm = torch.linalg.matrix_norm(a, math.inf)  # at least the largest eigenvalue
+    y, z = a / norm, eye
+    for _ in range(iterations):
+        t = 1.5 * eye - 0.5 * (z @ y)
+        y, z = y @ t, t @ z
+    return z / norm.sqrt()
 
 
 def parameter_kind(name: str, p: Tensor, embeddings: set[int], head: int | None) -> str:
@@ -588,8 +607,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     that about ``active_share`` of the steps are cut.
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
-    metric_decay, weight_decay (decoupled), use_matrix_geometry, refresh_every, damping, kind,
-    clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
+    metric_decay (default 0.9, without matrix geometry 0.95), weight_decay (decoupled),
+    use_matrix_geometry, refresh_every (steps between roots), damping (of the mean eigenvalue),
+    kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
     active_share) is read from the first group that has a gradient. Raises RuntimeError for sparse
     or complex gradients.
     """
@@ -610,16 +630,18 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         lr: float = 1e-3,
         *,
         momentum: float = 0.9,
-        metric_decay: float = 0.95,
+        metric_decay: float | None = None,
         weight_decay: float = 0.0,
         initial_radius: float = 0.01,
         adapt_radius: bool = True,
         use_trust_region: bool = True,
         use_matrix_geometry: bool = True,
-        refresh_every: int = 10,
+        refresh_every: int = 3,
         damping: float = 0.1,
         active_share: float = 0.3,
     ) -> None:
+        if metric_decay is None:  # EXPERIMENTS.md, "A metric of the last ten steps"
+            metric_decay = 0.9 if use_matrix_geometry else 0.95
         defaults = dict(
             lr=lr,
             momentum=momentum,
@@ -737,7 +759,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         spares its computation where the caller knows it.
 
         A gradient that is not finite skips the step and touches nothing. On a GPU the host never
-        waits, but for the eigenvalues of a refresh; reading `info` waits.
+        waits; reading `info` waits.
         """
         loss = None
         if closure is not None:
