@@ -343,7 +343,10 @@ def side_by_side(
 
 
 def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
-    """Steps and seconds to what tuned AdamW ends at, per task."""
+    """Steps and seconds to what each tuned baseline ends at: the smallest horizon tried, with the
+    schedule ending there, whose mean over seeds reaches the baseline's mean. Baselines are tuned
+    on a seed of their own, the hybrid has its default settings. Intervals resample seeds; seconds
+    are of short runs that take turns."""
     summary: dict[str, Any] = {}
     for name in tasks:
         task = TASKS[name]
@@ -565,6 +568,7 @@ def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[
     ]
     text = study_readme(
         name,
+        function.__doc__,
         shlex.join(["python", "benchmark_hybrid_optimization.py", *command]),
         list(bench.used.values()),
         len(bench.log.runs),

@@ -171,8 +171,11 @@ def plot_study(path: Path, name: str, tasks: dict[str, Any]) -> None:
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
 
 
-def study_readme(name: str, command: str, used: Sequence[dict[str, Any]], kept: int) -> str:
-    """Where a study's numbers come from. used: the runs in its summary; kept: lines in its log."""
+def study_readme(
+    name: str, about: str, command: str, used: Sequence[dict[str, Any]], kept: int
+) -> str:
+    """Where a study's numbers come from. about: what it measures; used: the runs in its summary;
+    kept: lines in its log."""
 
     def every(key: str) -> str:
         return ", ".join(sorted({str(r[key]) for r in used if r.get(key) is not None}))
@@ -181,6 +184,7 @@ def study_readme(name: str, command: str, used: Sequence[dict[str, Any]], kept: 
     return "\n".join(
         [
             f"# {name}\n",
+            f"{' '.join(about.split())} Losses are those on held-out data.\n",
             f"- Command: `{command}`",
             f"- Machine: {every('cuda') or every('cpu')}, {every('threads')} threads",
             f"- Versions: {every('version')}, Python {every('python')}, torch {every('torch')}, "
