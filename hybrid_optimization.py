@@ -607,9 +607,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     that about ``active_share`` of the steps are cut.
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
-    metric_decay (default 0.9, without matrix geometry 0.95), weight_decay (decoupled),
-    use_matrix_geometry, refresh_every (steps between roots), damping (of the mean eigenvalue),
-    kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
+    metric_decay, weight_decay (decoupled), use_matrix_geometry, refresh_every (steps between
+    roots), damping (of the mean eigenvalue), kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
     active_share) is read from the first group that has a gradient. Raises RuntimeError for sparse
     or complex gradients.
     """
@@ -630,18 +629,16 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         lr: float = 1e-3,
         *,
         momentum: float = 0.9,
-        metric_decay: float | None = None,
+        metric_decay: float = 0.95,
         weight_decay: float = 0.0,
         initial_radius: float = 0.01,
         adapt_radius: bool = True,
         use_trust_region: bool = True,
         use_matrix_geometry: bool = True,
-        refresh_every: int = 3,
+        refresh_every: int = 10,
         damping: float = 0.1,
         active_share: float = 0.3,
     ) -> None:
-        if metric_decay is None:  # EXPERIMENTS.md, "A metric of the last ten steps"
-            metric_decay = 0.9 if use_matrix_geometry else 0.95
         defaults = dict(
             lr=lr,
             momentum=momentum,

@@ -103,7 +103,7 @@ def test_matrix_step_equals_its_float64_twin(shape):
         grads.append(g)
         p.grad = torch.tensor(g, dtype=torch.float32)
         opt.step()
-        d = reference_direction(grads, 0.9, 0.9, 0.1)
+        d = reference_direction(grads, 0.9, 0.95, 0.1)
         w = w - 1e-3 * 20 * np.sqrt((w**2).mean()) * d
         np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-4, atol=1e-5)
 
@@ -117,14 +117,14 @@ def test_vectors_step_as_adam_with_look_ahead():
     ours = ConstrainedOptimizer([p], lr=1e-2, use_trust_region=False)
     a, b = nn.Parameter(torch.tensor(w)), nn.Parameter(torch.tensor(w))
     plain = ConstrainedOptimizer([a], lr=1e-2, momentum=0.0, use_trust_region=False)
-    adam = torch.optim.Adam([b], lr=3e-2, betas=(0.0, 0.9), eps=1e-12)
+    adam = torch.optim.Adam([b], lr=3e-2, betas=(0.0, 0.95), eps=1e-12)
     mean, square = np.zeros(7), np.zeros(7)
     for t in range(1, 7):
         g = rng.normal(size=7)
         mean = 0.9 * mean + 0.1 * g
-        square = 0.9 * square + 0.1 * g * g
+        square = 0.95 * square + 0.05 * g * g
         ahead = 0.9 * mean / (1 - 0.9**t) + 0.1 * g
-        w = w - 3e-2 * ahead / np.sqrt(square / (1 - 0.9**t))
+        w = w - 3e-2 * ahead / np.sqrt(square / (1 - 0.95**t))
         p.grad = torch.tensor(g, dtype=torch.float32)
         a.grad, b.grad = torch.tensor(g), torch.tensor(g)
         for optimizer in (ours, plain, adam):
