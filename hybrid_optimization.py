@@ -608,9 +608,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
     metric_decay, weight_decay (decoupled), use_matrix_geometry, refresh_every (steps between
-    roots), damping (of the mean eigenvalue), kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
-    active_share) is read from the first group that has a gradient. Raises RuntimeError for sparse
-    or complex gradients.
+    roots), damping (of the mean eigenvalue), kind, clusters (one integer a parameter). What
+    regions do (use_trust_region, adapt_radius, active_share) is read from the first group that
+    has a gradient. Raises RuntimeError for sparse or complex gradients.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
