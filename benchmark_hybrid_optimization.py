@@ -22,7 +22,7 @@ import shlex
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -516,6 +516,17 @@ STUDIES: dict[str, tuple[Any, int, list[str], list[str]]] = {
 # ---------------------------------------------------------------------------------- quick look
 
 
+def finish(written: list[Path], picture: Path, draw: Callable[[], None]) -> None:
+    """Draw the picture where matplotlib is there, and say which files were written."""
+    try:
+        draw()
+        written.append(picture)
+    except ImportError:
+        print("No picture: pip install matplotlib")
+    for path in written:
+        print(f"Wrote {path}")
+
+
 def quick_look(o: argparse.Namespace, folder: Path) -> None:
     """The classical table, and the quantisation-error table where both kinds of run are there."""
     bench = Bench(folder, o.jobs, o.device)
@@ -542,13 +553,8 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
         write_json(folder / "summary.json", summary),
         write_csv(folder / "summary.csv", summary["table"]),
     ]
-    try:
-        plot(folder / "summary.png", runs, summary["target"])
-        written.append(folder / "summary.png")
-    except ImportError:
-        print("No picture: pip install matplotlib")
-    for path in written:
-        print(f"Wrote {path}")
+    picture = folder / "summary.png"
+    finish(written, picture, lambda: plot(picture, runs, summary["target"]))
 
 
 # ---------------------------------------------------------------------------------- command line
@@ -574,13 +580,8 @@ def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[
         len(bench.log.runs),
     )
     written.append(atomic_write(folder / "README.md", lambda f: f.write(text.encode())))
-    try:
-        plot_study(folder / "summary.png", name, found["tasks"])
-        written.append(folder / "summary.png")
-    except ImportError:
-        print("No picture: pip install matplotlib")
-    for path in written:
-        print(f"Wrote {path}")
+    picture = folder / "summary.png"
+    finish(written, picture, lambda: plot_study(picture, name, found["tasks"]))
 
 
 def main(argv: list[str] | None = None) -> int:

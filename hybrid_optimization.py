@@ -540,35 +540,30 @@ def named_kinds(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
     ]
 
 
-def _kind(p: Tensor, group: dict[str, Any]) -> str:
-    return group["kind"] or parameter_kind("", p, set(), None)
+#: A parameter that a step moves: itself, its cluster, its kind, its group.
+_Live = tuple[Tensor, int, str, dict[str, Any]]
 
 
 class _Layout:
     """Of the parameters that a step moves, in order: vectors (n,), which of them are vectors;
     sizes (n,), root of the number of entries; floors (n,), a tenth of the root mean square of a
-    usual start; index (n,), the cluster; gains (n,), the length at a rate of 1."""
+    usual start; index (n,), the cluster; gains (n,), the length at a rate of 1. Of the clusters:
+    least (C,), the norm that stands in where ||Theta_c|| is smaller."""
 
-    def __init__(
-        self,
-        key: tuple[int, list[tuple[int, int, str]]],
-        params: Sequence[Tensor],
-        vectors: Sequence[bool],
-        clusters: Sequence[int],
-        gains: Sequence[float],
-        count: int,
-    ) -> None:
-        device = params[0].device
+    def __init__(self, live: Sequence[_Live], key: Any, gains: Sequence[float], count: int) -> None:
+        device = live[0][0].device
+        vectors = [kind == "vector" for _, _, kind, _ in live]
         floors = [
             0.1 if vector else 0.1 / math.sqrt(p[0].numel())
-            for p, vector in zip(params, vectors, strict=True)
+            for (p, *_), vector in zip(live, vectors, strict=True)
         ]
         self.key, self.count = key, count
         self.vectors = torch.tensor(vectors, device=device)
-        self.sizes = torch.tensor([p.numel() for p in params], device=device).sqrt()
+        self.sizes = torch.tensor([p.numel() for p, *_ in live], device=device).sqrt()
         self.floors = torch.tensor(floors, device=device)
-        self.index = torch.tensor(clusters, device=device)
+        self.index = torch.tensor([cluster for _, cluster, _, _ in live], device=device)
         self.gains = torch.tensor(gains, device=device)
+        self.least = self.over_clusters(self.floors * self.sizes)
 
     def times(self, rates: Sequence[float]) -> Tensor:
         """gains x a rate for each parameter (n,). Runs of equal rates are one operation each."""
@@ -762,15 +757,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        live = [
-            (p, cluster, group)
+        live: list[_Live] = [
+            (p, cluster, group["kind"] or parameter_kind("", p, set(), None), group)
             for group in self.param_groups
             for p, cluster in zip(group["params"], self._clusters(group), strict=True)
             if p.grad is not None
         ]
         if not live:
             return loss
-        if any(p.grad.is_sparse or p.is_complex() for p, _, _ in live):
+        if any(p.is_complex() or (p.grad is not None and p.grad.is_sparse) for p, *_ in live):
             raise RuntimeError(
                 "ConstrainedOptimizer needs dense, real gradients (embeddings: sparse=False)"
             )
@@ -787,10 +782,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         keep = None if waits else finite.float()
 
         layout = self._layout(live)
-        params, directions = [p for p, _, _ in live], []
+        params, directions = [p for p, *_ in live], []
         rates, decays = [], []
-        for order, (p, _, group) in enumerate(live):
-            directions.append(self._direction(p, group, order, keep))
+        for order, (p, _, kind, group) in enumerate(live):
+            directions.append(self._direction(p, kind, group, order, keep))
             rates.append(group["lr"])
             decays.append(group["lr"] * group["weight_decay"])
 
@@ -806,14 +801,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         region = self._region
         total = layout.over_clusters(proposed * length)
         # ||Theta_c||; a cluster that starts at zero could never move, so the floor stands in.
-        weight = torch.maximum(
-            layout.over_clusters(norms), layout.over_clusters(layout.floors * layout.sizes)
-        )
+        weight = torch.maximum(layout.over_clusters(norms), layout.least)
         moving = total > 0
         cut = torch.ones_like(total)
         active = torch.zeros_like(moving)
         radii = (self.radii() * radius_scale).clamp(max=RADIUS_RANGE[1])
-        first = live[0][2]
+        first = live[0][-1]
         if first["use_trust_region"]:
             # Rounding Theta + d to float32 moves Theta by up to 1e-7 of itself.
             allowed = (radii - 1.2e-7).clamp_min(0) * weight
@@ -873,20 +866,16 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         """log10 of the newest proposal's length over its region's centre, mean over clusters."""
         return self._newest()[4]
 
-    def _layout(self, live: Sequence[tuple[Tensor, int, dict[str, Any]]]) -> _Layout:
+    def _layout(self, live: Sequence[_Live]) -> _Layout:
         """What stays while the same parameters have gradients: on the device, copied once."""
-        kinds = [_kind(p, group) for p, _, group in live]
         count = len(self._region["centre"])
-        key = (count, [(id(p), c, k) for (p, c, _), k in zip(live, kinds, strict=True)])
+        key = (count, [(id(p), cluster, kind) for p, cluster, kind, _ in live])
         if self._cached is None or self._cached.key != key:
-            self._cached = _Layout(
-                key,
-                [p for p, _, _ in live],
-                [k == "vector" for k in kinds],
-                [cluster for _, cluster, _ in live],
-                [self.VECTOR_GAIN if k == "vector" else self.RELATIVE_GAIN for k in kinds],
-                count,
-            )
+            gains = [
+                self.VECTOR_GAIN if kind == "vector" else self.RELATIVE_GAIN
+                for _, _, kind, _ in live
+            ]
+            self._cached = _Layout(live, key, gains, count)
         return self._cached
 
     def _adapt(
@@ -909,7 +898,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         region["centre"].copy_(centre.clamp(*RADIUS_RANGE))
 
     def _direction(
-        self, p: Tensor, group: dict[str, Any], order: int, keep: Tensor | None
+        self, p: Tensor, kind: str, group: dict[str, Any], order: int, keep: Tensor | None
     ) -> Tensor:
         """The unit-scale direction of p (its negative is a descent direction), same shape. keep:
         0 where the step must leave no trace, 1 otherwise (None: 1, and no time lost on it)."""
@@ -932,7 +921,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             ahead = torch.add(state["mean"], g, alpha=(1 - beta) / factor)
         else:
             ahead, factor = g.clone(), 1.0
-        if _kind(p, group) != "matrix" or not group["use_matrix_geometry"]:
+        if kind != "matrix" or not group["use_matrix_geometry"]:
             if "square" not in state:
                 state["square"] = torch.zeros_like(g)
             follow(state["square"], g * g, 1 - decay)

@@ -129,44 +129,52 @@ def intervals(value: Any, label: str = "") -> list[tuple[str, float, float]]:
     return found
 
 
+def _draw_horizons(ax: Any, entry: dict[str, Any]) -> None:
+    """Convergence: the hybrid at every horizon, each baseline at its own."""
+    steps = sorted(int(h) for h in entry["hybrid_losses"])
+    means, halves = zip(*(entry["hybrid_losses"][str(h)] for h in steps), strict=True)
+    ax.errorbar(steps, means, halves, marker="o", capsize=3, label="hybrid")
+    baselines = [k for k in entry if k.endswith("_loss")]
+    for i, key in enumerate(baselines, 1):
+        mean, half = entry[key]
+        label = f"tuned {key.removesuffix('_loss')}"
+        where = [entry["baseline_steps"]], [mean]
+        ax.errorbar(*where, [half], marker="s", capsize=3, color=f"C{i}", label=label)
+        ax.axhline(mean, color=f"C{i}", ls="--", lw=1)
+    ax.set(xlabel="steps of the whole run", ylabel="final validation loss, nats a byte")
+    ax.legend()
+
+
+def _draw_rates(ax: Any, entry: dict[str, Any]) -> None:
+    """LR sensitivity: a line a method."""
+    for method, found in entry.items():
+        rates = sorted(found["losses"], key=float)
+        losses = [found["losses"][r] for r in rates]
+        ax.plot([float(r) for r in rates], losses, marker="o", label=method)
+    ax.set(xlabel="base rate", ylabel="final validation loss, nats a byte", xscale="log")
+    ax.legend()
+
+
+def _draw_means(ax: Any, entry: dict[str, Any]) -> None:
+    """Any other study: every mean with its interval, a row each."""
+    labels, means, halves = zip(*intervals(entry)[::-1], strict=True)
+    ax.errorbar(means, range(len(means)), xerr=halves, fmt="o", capsize=3)
+    ax.set_yticks(range(len(means)), labels)
+
+
 def plot_study(path: Path, name: str, tasks: dict[str, Any]) -> None:
-    """A panel a task: loss against the horizon (convergence) or the rate (lr-sensitivity), else
-    a bar for each mean with its interval."""
+    """A panel a task."""
     from matplotlib.figure import Figure
 
-    bars = name not in ("convergence", "lr-sensitivity")
-    count = len(tasks)
-    rows = max((len(intervals(e)) for e in tasks.values()), default=1) if bars else 12
-    figure = Figure(figsize=(6 * count + 1, max(4, 0.4 * rows)), layout="constrained")
-    panels = figure.subplots(1, count, squeeze=False)[0]
+    draw = {"convergence": _draw_horizons, "lr-sensitivity": _draw_rates}.get(name, _draw_means)
+    rows = max(len(intervals(e)) for e in tasks.values()) if draw is _draw_means else 12
+    figure = Figure(figsize=(6 * len(tasks) + 1, max(4, 0.4 * rows)), layout="constrained")
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for ax, (task, entry) in zip(panels, tasks.items(), strict=True):
         ax.set_title(f"{name}: {task}")
         ax.grid(alpha=0.25)
-        if name == "convergence":
-            steps = sorted(int(h) for h in entry["hybrid_losses"])
-            means, halves = zip(*(entry["hybrid_losses"][str(h)] for h in steps), strict=True)
-            ax.errorbar(steps, means, halves, marker="o", capsize=3, label="hybrid")
-            for i, (key, (mean, half)) in enumerate(
-                (k, v) for k, v in entry.items() if k.endswith("_loss")
-            ):
-                label = f"tuned {key.removesuffix('_loss')}"
-                where = [entry["baseline_steps"]], [mean]
-                ax.errorbar(*where, [half], marker="s", capsize=3, color=f"C{i + 1}", label=label)
-                ax.axhline(mean, color=f"C{i + 1}", ls="--", lw=1)
-            ax.set(xlabel="steps of the whole run", ylabel="final validation loss, nats a byte")
-            ax.legend()
-        elif name == "lr-sensitivity":
-            for method, found in entry.items():
-                rates = sorted(found["losses"], key=float)
-                losses = [found["losses"][r] for r in rates]
-                ax.plot([float(r) for r in rates], losses, marker="o", label=method)
-            ax.set(xlabel="base rate", ylabel="final validation loss, nats a byte", xscale="log")
-            ax.legend()
-        else:
-            found = intervals(entry)[::-1]
-            labels, means, halves = zip(*found, strict=True)
-            ax.errorbar(means, range(len(means)), xerr=halves, fmt="o", capsize=3)
-            ax.set_yticks(range(len(means)), labels)
+        draw(ax, entry)
+        if draw is _draw_means:
             ax.set_xlabel("seconds a step" if name == "overhead" else "final loss, nats")
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
 
