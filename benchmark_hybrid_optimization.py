@@ -118,7 +118,7 @@ TASKS: dict[str, Task] = {
     "digits": Task("--digits", 192, FROM_SCRATCH),
 }
 TIMED_PAIRS = 3
-GRID = 20  # horizons tried are multiples of 1/GRID of the baseline's steps
+GRID = 25  # horizons tried: about this many, whole epochs apart, up to the baseline's
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -299,28 +299,31 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
 
 def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, list[dict[str, Any]]]:
     """The hybrid's runs at horizons around the smallest that reaches the target: from half the
-    baseline's steps down while it is reached, or up until it is, and one beyond that for the
-    interval. Horizon (steps) -> a record a seed."""
+    baseline's steps in growing strides until one is reached and one is not, then by halves; and
+    one beyond, for the interval. Horizon (steps) -> a record a seed."""
     horizons: dict[int, list[dict[str, Any]]] = {}
+    unit = STEPS_PER_EPOCH * max(1, round(task.steps / GRID / STEPS_PER_EPOCH))
+    points = task.steps // unit
 
     def reached(point: int) -> bool:
-        steps = STEPS_PER_EPOCH * max(1, round(point / GRID * task.steps / STEPS_PER_EPOCH))
+        steps = point * unit
         keys = [bench.key("Full hybrid", task.flags, steps, s) for s in range(seeds)]
         horizons[steps] = bench.run(keys)
         return bool(np.mean([r["final_loss"] for r in horizons[steps]]) <= target)
 
-    point = GRID // 2
-    if reached(point):
-        reached(point + 1)
-        while point > 1 and reached(point - 1):
-            point -= 1
-        return dict(sorted(horizons.items()))
-    while point < GRID:
-        point += 1
+    low, high = 0, points + 1  # not reached, reached
+    point, stride = points // 2, 1
+    while low < point < high:
         if reached(point):
-            break
-    reached(point + 1)
-    return horizons
+            high, point = point, max(point - stride, 1)
+        else:
+            low, point = point, min(point + stride, points)
+        if low and high <= points:
+            point = (low + high) // 2
+        stride *= 2
+    if high < points:
+        reached(high + 1)
+    return dict(sorted(horizons.items()))
 
 
 def side_by_side(

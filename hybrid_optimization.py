@@ -593,7 +593,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     the diagonal metric, which is Adam (arXiv 1412.6980) with look-ahead (Dozat 2016).
 
     Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
-    square of the proposed entries is up to 2 % of the weights'. Vectors move as in Adam at 3 lr.
+    square of the proposed entries is up to 2 % of the weights' in the diagonal metric, and in a
+    matrix's 0.6 sqrt(a) as much, a = larger side / smaller side, at most 4. Vectors move as in Adam
+    at 3 lr.
 
     Region. For each parameter cluster c the proposal d_c, decay included, is cut to
     ||d_c||_2 <= mu_c ||Theta_c||_2 (||Theta_c|| at least a tenth of a usual start's, so that
@@ -602,8 +604,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     that about ``active_share`` of the steps are cut.
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
-    metric_decay, weight_decay (decoupled), use_matrix_geometry, refresh_every (steps between
-    roots), damping (of the mean eigenvalue), kind, clusters (one integer a parameter). What
+    metric_decay (of the diagonal metric), matrix_metric_decay, weight_decay (decoupled; below 6e-8
+    of a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
+    the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), kind, clusters
+    (one integer a parameter). What
     regions do (use_trust_region, adapt_radius, active_share) is read from the first group that
     has a gradient. Raises RuntimeError for sparse or complex gradients.
     """
@@ -612,6 +616,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     RECENTRE = 0.1
     RELATIVE_GAIN = 20.0  # lr 1e-3 -> 2 % of the weights' root mean square
     VECTOR_GAIN = 3.0  # entries of vectors move by at most 3 lr
+    WHITENED_GAIN = 0.6  # of a square matrix's step, against one of the diagonal metric
+    SETTLED = 16  # roots are at most 2 + t / SETTLED steps old at step t
 
     # On the class, because a copy of an optimiser has its groups and states only.
     never_wait = False  # on the CPU too: for tests of what a GPU does
@@ -625,6 +631,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         *,
         momentum: float = 0.9,
         metric_decay: float = 0.95,
+        matrix_metric_decay: float = 0.9,
         weight_decay: float = 0.0,
         initial_radius: float = 0.01,
         adapt_radius: bool = True,
@@ -638,6 +645,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             lr=lr,
             momentum=momentum,
             metric_decay=metric_decay,
+            matrix_metric_decay=matrix_metric_decay,
             weight_decay=weight_decay,
             initial_radius=initial_radius,
             adapt_radius=adapt_radius,
@@ -782,21 +790,28 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         keep = None if waits else finite.float()
 
         layout = self._layout(live)
-        params, directions = [p for p, *_ in live], []
+        params = [p for p, *_ in live]
+        directions, scales, sizes = [], [], []
         rates, decays = [], []
         for order, (p, _, kind, group) in enumerate(live):
-            directions.append(self._direction(p, kind, group, order, keep))
+            d, scale, size = self._direction(p, kind, group, order, keep)
+            directions.append(d)
+            scales.append(scale)
+            sizes.append(size)
             rates.append(group["lr"])
             decays.append(group["lr"] * group["weight_decay"])
 
-        norms = torch.stack([n.to(layout.gains.device) for n in torch._foreach_norm(params)])
-        norms = norms.float()
+        device = layout.gains.device
+        norms = torch.stack([n.to(device) for n in torch._foreach_norm(params)]).float()
         own = torch.maximum(norms / layout.sizes, layout.floors)
         length = layout.times(rates) * torch.where(layout.vectors, 1.0, own) * cap
-        if max(decays) > torch.finfo(torch.float32).eps / 4:  # less than rounding: nothing
-            for d, p, decay, share in zip(directions, params, decays, length, strict=True):
-                d.addcmul_(p.to(d.dtype), decay / share.clamp_min(1e-30))
-        proposed = torch.stack([n.to(length.device) for n in torch._foreach_norm(directions)])
+        if max(decays) > torch.finfo(torch.float32).eps / 2:  # less than rounding: nothing
+            for d, p, scale, decay, share in zip(
+                directions, params, scales, decays, length.clamp_min(1e-30), strict=True
+            ):
+                d.mul_(scale).addcmul_(p.to(d.dtype), decay / share)
+            scales, sizes = [1.0] * len(live), torch._foreach_norm(directions)
+        proposed = torch.stack([n.to(device) for n in sizes])
 
         region = self._region
         total = layout.over_clusters(proposed * length)
@@ -808,8 +823,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         radii = (self.radii() * radius_scale).clamp(max=RADIUS_RANGE[1])
         first = live[0][-1]
         if first["use_trust_region"]:
-            # Rounding Theta + d to float32 moves Theta by up to 1e-7 of itself.
-            allowed = (radii - 1.2e-7).clamp_min(0) * weight
+            # Rounding Theta + d to float32 moves Theta by up to 1e-7 of itself, and a proposal's
+            # length is known to 1e-6 of itself.
+            allowed = (radii * (1 - 2e-6) - 1.2e-7).clamp_min(0) * weight
             active = total > allowed
             cut = torch.where(active, allowed / total.clamp_min(1e-30), cut)
             if first["adapt_radius"]:
@@ -818,13 +834,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if keep is not None:
             cut = cut * keep
         factor = -length * cut[layout.index]
-        for p, d, f in zip(params, directions, factor, strict=True):
+        for p, d, scale, f in zip(params, directions, scales, factor, strict=True):
             if keep_step:
-                d.mul_(f)
+                d.mul_(f * scale)
                 p.add_(d)
                 self.state[p]["taken"] = d
             else:
-                p.addcmul_(d.to(p.dtype), f.to(p.dtype))
+                p.addcmul_(d.to(p.dtype), (f * scale).to(p.dtype))
                 self.state[p].pop("taken", None)
 
         asked = total / (region["centre"] * radius_scale * weight).clamp_min(1e-30)
@@ -899,9 +915,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def _direction(
         self, p: Tensor, kind: str, group: dict[str, Any], order: int, keep: Tensor | None
-    ) -> Tensor:
-        """The unit-scale direction of p (its negative is a descent direction), same shape. keep:
-        0 where the step must leave no trace, 1 otherwise (None: 1, and no time lost on it)."""
+    ) -> tuple[Tensor, Tensor | float, Tensor]:
+        """(d, scale, size): the unit-scale direction of p is d x scale (its negative is a descent
+        direction), d of p's shape; size is its 2-norm. Their product is left to the final update,
+        which reads d anyway. keep: 0 where the step must leave no trace, 1 otherwise (None: 1, and
+        no time lost on it)."""
         state = self.state[p]
         assert p.grad is not None
         g = p.grad.float() if keep is None else torch.where(keep > 0, p.grad.float(), 0.0)
@@ -913,7 +931,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             state["step"] = 0
             state["mean"] = torch.zeros_like(p, dtype=torch.float32)
         state["step"] += 1
-        t, beta, decay = state["step"], group["momentum"], group["metric_decay"]
+        t, beta = state["step"], group["momentum"]
         follow(state["mean"], g, 1 - beta)
         # Nesterov's look-ahead beta mean / (1 - beta^t) + (1 - beta) g, up to its factor.
         factor = beta / (1 - beta**t)
@@ -922,20 +940,25 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         else:
             ahead, factor = g.clone(), 1.0
         if kind != "matrix" or not group["use_matrix_geometry"]:
+            decay = group["metric_decay"]
             if "square" not in state:
                 state["square"] = torch.zeros_like(g)
             follow(state["square"], g * g, 1 - decay)
             scale = state["square"].sqrt().mul_(1 / math.sqrt(1 - decay**t)).add_(1e-12)
-            return ahead.div_(scale.mul_(1 / factor))
+            d = ahead.div_(scale.mul_(1 / factor))
+            return d, 1.0, torch.linalg.vector_norm(d)
 
+        decay = group["matrix_metric_decay"]
         g, ahead = g.reshape(len(g), -1), ahead.reshape(len(g), -1)
         left = g.shape[0] < g.shape[1]  # the smaller side; of a square matrix the inputs' side
         product = g @ g.mT if left else g.mT @ g
         if "gram" not in state:
             state["gram"] = torch.zeros_like(product)
         follow(state["gram"], product, 1 - decay)
-        early = t < group["refresh_every"] and t & (t - 1) == 0
-        if early or "root" not in state or (t + order) % group["refresh_every"] == 0:
+        # The metric changes fast at first: roots that are a few steps old cost steps there, and
+        # only there (EXPERIMENTS.md).
+        every = min(group["refresh_every"], max(2, t // self.SETTLED))
+        if t in (1, 2, 4) or "root" not in state or (t + order) % every == 0:
             gram = state["gram"] / (1 - decay**t)
             state["root"] = inverse_square_root(gram, group["damping"])
         d = state["root"] @ ahead if left else ahead @ state["root"]
@@ -949,7 +972,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         weight = state["other"].clamp_min(1e-30).rsqrt()
         length = torch.linalg.vector_norm(size)
         weight *= length / torch.linalg.vector_norm(size * weight).clamp_min(1e-30)
-        return d.mul_(weight.mul_(factor * math.sqrt(max(g.shape)))).view(p.shape)
+        # Of the same size as Adam's entries, times WHITENED_GAIN and the root of the aspect ratio:
+        # wide matrices bear longer steps than square ones (EXPERIMENTS.md).
+        small, large = sorted(g.shape)
+        gain = factor * self.WHITENED_GAIN * math.sqrt(large * min(large / small, 4.0))
+        if p.ndim == 2:
+            return d, weight.mul_(gain), length * gain
+        return d.mul_(weight.mul_(gain)).view(p.shape), 1.0, length * gain
 
 
 # -------------------------------------------------------------------------------- the manager

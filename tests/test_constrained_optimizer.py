@@ -88,7 +88,8 @@ def reference_direction(grads: list[np.ndarray], beta: float, decay: float, damp
         other = decay * other + (1 - decay) * (size / factor) ** 2
     shaped = d / np.sqrt(other)
     shaped *= np.linalg.norm(d) / np.linalg.norm(shaped)
-    return shaped * math.sqrt(max(mean.shape))
+    small, large = sorted(mean.shape)
+    return shaped * 0.6 * math.sqrt(large * min(large / small, 4))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
@@ -103,9 +104,33 @@ def test_matrix_step_equals_its_float64_twin(shape):
         grads.append(g)
         p.grad = torch.tensor(g, dtype=torch.float32)
         opt.step()
-        d = reference_direction(grads, 0.9, 0.95, 0.1)
+        d = reference_direction(grads, 0.9, 0.9, 0.1)
         w = w - 1e-3 * 20 * np.sqrt((w**2).mean()) * d
         np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-4, atol=1e-5)
+
+
+def test_roots_are_fresh_at_first_and_cheap_later(monkeypatch):
+    """At most 2 + t/16 steps old at step t, every ``refresh_every`` steps in the end."""
+    import hybrid_optimization
+
+    due: list[int] = []
+    p = nn.Parameter(torch.randn(4, 6))
+    opt = ConstrainedOptimizer([p], refresh_every=10)
+    root = hybrid_optimization.inverse_square_root
+
+    def note(gram, damping):
+        due.append(opt.state[p]["step"])
+        return root(gram, damping)
+
+    monkeypatch.setattr(hybrid_optimization, "inverse_square_root", note)
+    for _ in range(300):
+        p.grad = torch.randn(4, 6)
+        opt.step()
+    assert due[0] == 1
+    gaps = np.diff(due)
+    assert (gaps <= np.minimum(2 + np.array(due[1:]) // 16, 10)).all()
+    assert gaps[:10].max() <= 2
+    assert set(gaps[-5:]) == {10}
 
 
 def test_vectors_step_as_adam_with_look_ahead():
@@ -143,7 +168,7 @@ def test_whitening_of_one_gradient_is_its_polar_factor():
     p.grad = g
     opt.step()
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    polar = math.sqrt(8) * (u @ vh)
+    polar = 0.6 * math.sqrt(8 * 8 / 5) * (u @ vh)
     equal = polar / torch.linalg.vector_norm(polar, dim=0)
     equal *= torch.linalg.vector_norm(polar) / torch.linalg.vector_norm(equal)
     torch.testing.assert_close(1 - p.detach(), equal, rtol=1e-3, atol=1e-4)
