@@ -119,6 +119,7 @@ TASKS: dict[str, Task] = {
 }
 TIMED_PAIRS = 3
 GRID = 25  # horizons tried: about this many, whole epochs apart, up to the baseline's
+FIRST = 0.56  # of the baseline's steps, where the search for the horizon starts
 
 
 # ------------------------------------------------------------------------------------- one run
@@ -298,8 +299,8 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
 
 
 def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, list[dict[str, Any]]]:
-    """The hybrid's runs at horizons around the smallest that reaches the target: from half the
-    baseline's steps in growing strides until one is reached and one is not, then by halves; and
+    """The hybrid's runs at horizons around the smallest that reaches the target: from FIRST of
+    the baseline's steps in growing strides until one is reached and one is not, then by halves; and
     one beyond, for the interval. Horizon (steps) -> a record a seed."""
     horizons: dict[int, list[dict[str, Any]]] = {}
     unit = STEPS_PER_EPOCH * max(1, round(task.steps / GRID / STEPS_PER_EPOCH))
@@ -312,7 +313,7 @@ def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, li
         return bool(np.mean([r["final_loss"] for r in horizons[steps]]) <= target)
 
     low, high = 0, points + 1  # not reached, reached
-    point, stride = points // 2, 1
+    point, stride = round(FIRST * points), 1
     while low < point < high:
         if reached(point):
             high, point = point, max(point - stride, 1)

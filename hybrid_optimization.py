@@ -810,7 +810,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 directions, params, scales, decays, length.clamp_min(1e-30), strict=True
             ):
                 d.mul_(scale).addcmul_(p.to(d.dtype), decay / share)
-            scales, sizes = [1.0] * len(live), torch._foreach_norm(directions)
+            scales, sizes = [1.0] * len(live), list(torch._foreach_norm(directions))
         proposed = torch.stack([n.to(device) for n in sizes])
 
         region = self._region
