@@ -118,7 +118,7 @@ TASKS: dict[str, Task] = {
     "digits": Task("--digits", 192, FROM_SCRATCH),
 }
 TIMED_PAIRS = 3
-GRID = 25  # horizons tried: about this many, whole epochs apart, up to the baseline's
+GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 FIRST = 0.56  # of the baseline's steps, where the search for the horizon starts
 
 
