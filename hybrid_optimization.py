@@ -607,9 +607,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     metric_decay (of the diagonal metric), matrix_metric_decay, weight_decay (decoupled; below 6e-8
     of a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
     the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), kind, clusters
-    (one integer a parameter). What
-    regions do (use_trust_region, adapt_radius, active_share) is read from the first group that
-    has a gradient. Raises RuntimeError for sparse or complex gradients.
+    (one integer a parameter). What regions do (use_trust_region, adapt_radius, active_share) is
+    read from the first group that has a gradient. Raises RuntimeError for sparse or complex
+    gradients.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
@@ -958,7 +958,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         # The metric changes fast at first: roots that are a few steps old cost steps there, and
         # only there (EXPERIMENTS.md).
         every = min(group["refresh_every"], max(2, t // self.SETTLED))
-        if t in (1, 2, 4) or "root" not in state or (t + order) % every == 0:
+        if "root" not in state or t in (2, 4) or (t + order) % every == 0:
             gram = state["gram"] / (1 - decay**t)
             state["root"] = inverse_square_root(gram, group["damping"])
         d = state["root"] @ ahead if left else ahead @ state["root"]
