@@ -64,6 +64,7 @@ from lowbit.tables import (
 
 EVALUATION_WINDOWS = 512
 TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
+RUN = 320  # steps of the default run, where a study needs one length
 
 #: Method -> its flags. --cluster_batches is ours alone: batches balanced over clusters.
 METHODS: dict[str, list[str]] = {
@@ -275,22 +276,25 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
     """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
     is interior, then the other schedules at that rate. One seed, which no result uses."""
 
-    def loss(rate: float, schedule: str) -> float:
-        extra = ["--lr", f"{rate:g}", "--lr_schedule", schedule]
-        (run,) = bench.run([bench.key(method, task.flags, task.steps, TUNING_SEED, extra)])
-        table.append({"lr": rate, "schedule": schedule, "loss": run["final_loss"]})
-        return run["final_loss"]
+    def losses(trials: Sequence[tuple[float, str]]) -> list[float]:
+        flags = [["--lr", f"{rate:g}", "--lr_schedule", schedule] for rate, schedule in trials]
+        keys = [bench.key(method, task.flags, task.steps, TUNING_SEED, f) for f in flags]
+        found = [r["final_loss"] for r in bench.run(keys)]
+        for (rate, schedule), loss in zip(trials, found, strict=True):
+            table.append({"lr": rate, "schedule": schedule, "loss": loss})
+        return found
 
     table: list[dict[str, Any]] = []
     start = task.rates[method]
-    found = {r: loss(r, "linear") for r in (start / 2, start, start * 2)}
+    rates = [start / 2, start, start * 2]
+    found = dict(zip(rates, losses([(r, "linear") for r in rates]), strict=True))
     while (best := min(found, key=found.__getitem__)) in (min(found), max(found)):
         if len(found) > 7:
             break
         further = best / 2 if best == min(found) else best * 2
-        found[further] = loss(further, "linear")
-    schedules = {"linear": found[best]}
-    schedules |= {s: loss(best, s) for s in ("cosine", "wsd")}
+        (found[further],) = losses([(further, "linear")])
+    others = losses([(best, "cosine"), (best, "wsd")])
+    schedules = dict(zip(("linear", "cosine", "wsd"), (found[best], *others), strict=True))
     schedule = min(schedules, key=schedules.__getitem__)
     return ["--lr", f"{best:g}", "--lr_schedule", schedule], table
 
@@ -330,19 +334,17 @@ def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, li
 def side_by_side(
     bench: Bench, task: Task, baseline: str, flags: Sequence[str], steps: int, pairs: int
 ) -> dict[str, Any]:
-    """Seconds of the hybrid for ``steps`` over those of the baseline for the task's steps. Runs
-    of a quarter of both lengths take turns, one at a time, on the machine that summarises; the
-    other steps are added at each run's median, and what is not a step (clustering, calibration,
-    validation) is inside once.
+    """Seconds of the hybrid for ``steps`` over those of the baseline for the task's steps, with
+    clustering, calibration and validation. The runs take turns, one at a time, on the machine
+    that summarises.
     """
     sides = ((baseline, task.steps, flags), ("Full hybrid", steps, ()))
     seconds: dict[str, list[float]] = {baseline: [], "Full hybrid": []}
     for seed in range(pairs):
         for method, length, extra in sides:
-            quarter = STEPS_PER_EPOCH * max(1, round(length / 4 / STEPS_PER_EPOCH))
-            key = bench.key(method, task.flags, quarter, seed, extra)
+            key = bench.key(method, task.flags, length, seed, extra)
             (run,) = bench.run([{**key, "purpose": "timing", "cpu": bench.where["cpu"]}])
-            seconds[method].append(run["seconds"] + (length - quarter) * run["step_seconds"])
+            seconds[method].append(run["seconds"])
     return ratio(seconds["Full hybrid"], seconds[baseline])
 
 
@@ -350,7 +352,7 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
     """Steps and seconds to what each tuned baseline ends at: the smallest horizon tried, with the
     schedule ending there, whose mean over seeds reaches the baseline's mean. Baselines are tuned
     on a seed of their own, the hybrid has its default settings. Intervals resample seeds; seconds
-    are of short runs that take turns."""
+    are of runs that take turns."""
     summary: dict[str, Any] = {}
     for name in tasks:
         task = TASKS[name]
@@ -393,7 +395,7 @@ def lr_sensitivity(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequ
             table = {}
             for factor in (0.1, 0.3, 1, 3, 10, 30):
                 rate = f"{centre * factor:g}"
-                losses = bench.losses(method, task.flags, 320, seeds, ["--lr", rate])
+                losses = bench.losses(method, task.flags, RUN, seeds, ["--lr", rate])
                 table[rate] = float(np.mean(losses))
             best = min(table.values())
             excess = {r: 100 * (x / best - 1) for r, x in table.items()}
@@ -403,7 +405,7 @@ def lr_sensitivity(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequ
                 "worst_excess_loss": max(excess.values()) / 100,
             }
         summary[name] = entry
-    return {"tasks": summary, "seeds": seeds, "steps": 320}
+    return {"tasks": summary, "seeds": seeds, "steps": RUN}
 
 
 def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
@@ -415,14 +417,14 @@ def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequen
         if "--qat" not in flags.split():
             continue
         full = flags.replace("--qat", "--calibrate=false")
-        floats = {m: bench.losses(m, full, 320, seeds) for m in ("AdamW", "Full hybrid")}
+        floats = {m: bench.losses(m, full, RUN, seeds) for m in ("AdamW", "Full hybrid")}
         reference = min(floats.values(), key=np.mean)
         entry: dict[str, Any] = {
             "full_precision": {m: mean_interval(x) for m, x in floats.items()},
         }
         for bits, low in (("ternary", flags), ("1bit", flags.replace("--ternary ", ""))):
-            plain = bench.losses("AdamW", low, 320, seeds)
-            guided = bench.losses("Full hybrid", low, 320, seeds)
+            plain = bench.losses("AdamW", low, RUN, seeds)
+            guided = bench.losses("Full hybrid", low, RUN, seeds)
             entry[bits] = {
                 "adamw": mean_interval(plain),
                 "hybrid": mean_interval(guided),
@@ -433,19 +435,19 @@ def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequen
                 "gap_reduction": gap_reduction(plain, guided, reference),
             }
         summary[name] = entry
-    return {"tasks": summary, "seeds": seeds, "steps": 320}
+    return {"tasks": summary, "seeds": seeds, "steps": RUN}
 
 
 def overhead(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
-    """Time a step against AdamW: medians over short runs that alternate on the same machine."""
+    """Time a step against AdamW: medians over default runs that alternate on the same machine."""
     summary: dict[str, Any] = {}
     for name in tasks:
         keys = [
-            bench.key(m, TASKS[name].flags, 4 * STEPS_PER_EPOCH, s)
+            bench.key(m, TASKS[name].flags, RUN, s)
             for s in range(seeds)
             for m in ("AdamW", "Full hybrid")
         ]
-        runs = bench.run(keys)
+        runs = [r for k in keys for r in bench.run([k])]  # alone on the machine, whatever --jobs
         seconds = {
             m: [r["step_seconds"] for r in runs if r["method"] == m]
             for m in ("AdamW", "Full hybrid")
@@ -490,20 +492,20 @@ def ablation(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[s
     for name in tasks:
         flags = TASKS[name].flags
         convertible = "--student_init teacher" in flags
-        whole = bench.losses("Full hybrid", flags, 320, seeds)
+        whole = bench.losses("Full hybrid", flags, RUN, seeds)
         entry = {}
         for method in rows:
             if "calibration" in method and not convertible:
                 continue
-            losses = bench.losses(method, flags, 320, seeds)
-            kl = bench.losses(method, flags, 320, seeds, column="final_kl")
+            losses = bench.losses(method, flags, RUN, seeds)
+            kl = bench.losses(method, flags, RUN, seeds, column="final_kl")
             entry[method] = {
                 "loss": mean_interval(losses),
                 "kl": mean_interval(kl),
                 "loss_ratio_vs_full": ratio(losses, whole),
             }
         summary[name] = entry
-    return {"tasks": summary, "seeds": seeds, "steps": 320}
+    return {"tasks": summary, "seeds": seeds, "steps": RUN}
 
 
 #: study -> (function, default seeds, tasks, methods)
@@ -511,7 +513,7 @@ STUDIES: dict[str, tuple[Any, int, list[str], list[str]]] = {
     "convergence": (convergence, 5, list(TASKS), ["AdamW", "Muon"]),
     "lr-sensitivity": (lr_sensitivity, 1, ["conversion", "scratch"], ["AdamW", "Full hybrid"]),
     "quantization": (quantization, 3, ["scratch"], ["AdamW", "Full hybrid"]),
-    "overhead": (overhead, 5, ["conversion", "scratch"], ["AdamW", "Full hybrid"]),
+    "overhead": (overhead, 3, ["conversion", "scratch"], ["AdamW", "Full hybrid"]),
     "batch-size": (batch_size, 20, ["scratch_small"], ["Full hybrid"]),
     "ablation": (ablation, 3, ["conversion", "scratch"], []),
 }

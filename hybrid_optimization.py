@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -487,6 +487,15 @@ class ConstrainedUpdateInfo:
     efficiency: float = 1.0
 
 
+def native_bfloat16(device: torch.device) -> bool:
+    """Whether this processor has instructions that multiply matrices in bfloat16. False on a GPU,
+    where torch.set_float32_matmul_precision rules."""
+    if device.type != "cpu":
+        return False
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # recent torch
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 def inverse_square_root(gram: Tensor, damping: float) -> Tensor:
     """(A + damping mean(eig) I)^(-1/2) of a symmetric positive semi-definite A (m, m).
 
@@ -606,10 +615,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
     metric_decay (of the diagonal metric), matrix_metric_decay, weight_decay (decoupled; below 6e-8
     of a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
-    the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), kind, clusters
-    (one integer a parameter). What regions do (use_trust_region, adapt_radius, active_share) is
-    read from the first group that has a gradient. Raises RuntimeError for sparse or complex
-    gradients.
+    the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), product_dtype (of
+    the metric's two matrix products a step; None: bfloat16 where `native_bfloat16`, else float32),
+    kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
+    active_share) is read from the first group that has a gradient. Raises RuntimeError for sparse
+    or complex gradients.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
@@ -639,6 +649,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         use_matrix_geometry: bool = True,
         refresh_every: int = 10,
         damping: float = 0.1,
+        product_dtype: torch.dtype | None = None,
         active_share: float = 0.3,
     ) -> None:
         defaults = dict(
@@ -653,6 +664,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             use_matrix_geometry=use_matrix_geometry,
             refresh_every=refresh_every,
             damping=damping,
+            product_dtype=product_dtype,
             active_share=active_share,
             kind=None,
             clusters=None,
@@ -950,8 +962,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
         decay = group["matrix_metric_decay"]
         g, ahead = g.reshape(len(g), -1), ahead.reshape(len(g), -1)
+        # Half the precision is no loss: these are statistics of a few noisy gradients.
+        dtype = group["product_dtype"]
+        if dtype is None:
+            dtype = torch.bfloat16 if native_bfloat16(g.device) else torch.float32
+        g, ahead = g.to(dtype), ahead.to(dtype)
         left = g.shape[0] < g.shape[1]  # the smaller side; of a square matrix the inputs' side
-        product = g @ g.mT if left else g.mT @ g
+        product = (g @ g.mT if left else g.mT @ g).float()
         if "gram" not in state:
             state["gram"] = torch.zeros_like(product)
         follow(state["gram"], product, 1 - decay)
@@ -961,7 +978,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if "root" not in state or t in (2, 4) or (t + order) % every == 0:
             gram = state["gram"] / (1 - decay**t)
             state["root"] = inverse_square_root(gram, group["damping"])
-        d = state["root"] @ ahead if left else ahead @ state["root"]
+        root = state["root"].to(dtype)
+        d = (root @ ahead if left else ahead @ root).float()
 
         # The other side: each column (row) divided by its running root mean square, and the whole
         # brought back to the length it had.

@@ -17,6 +17,7 @@ from hybrid_optimization import (
     ConstrainedOptimizer,
     inverse_square_root,
     named_kinds,
+    native_bfloat16,
     newton_inverse_square_root,
 )
 
@@ -97,7 +98,9 @@ def test_matrix_step_equals_its_float64_twin(shape):
     rng = np.random.default_rng(0)
     w = rng.normal(size=shape)
     p = nn.Parameter(torch.tensor(w, dtype=torch.float32))
-    opt = ConstrainedOptimizer([p], lr=1e-3, use_trust_region=False, refresh_every=1)
+    opt = ConstrainedOptimizer(
+        [p], lr=1e-3, use_trust_region=False, refresh_every=1, product_dtype=torch.float32
+    )
     grads = []
     for _ in range(5):
         g = rng.normal(size=shape)
@@ -107,6 +110,36 @@ def test_matrix_step_equals_its_float64_twin(shape):
         d = reference_direction(grads, 0.9, 0.9, 0.1)
         w = w - 1e-3 * 20 * np.sqrt((w**2).mean()) * d
         np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 96), (96, 32)])
+def test_products_in_bfloat16_give_the_same_direction(shape):
+    rng = np.random.default_rng(0)
+    basis = rng.normal(size=shape) * np.geomspace(1, 1e-2, shape[1])  # unequal eigenvalues
+    steps = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        p = nn.Parameter(torch.ones(shape))
+        opt = ConstrainedOptimizer(
+            [p], lr=1e-3, use_trust_region=False, refresh_every=1, product_dtype=dtype
+        )
+        noise = np.random.default_rng(1)
+        for _ in range(5):
+            p.grad = torch.tensor(basis * noise.normal(size=shape), dtype=torch.float32)
+            before = p.detach().clone()
+            opt.step()
+        steps[dtype] = (p.detach() - before).double().flatten()
+    exact, fast = steps[torch.float32], steps[torch.bfloat16]
+    assert float((fast - exact).norm() / exact.norm()) < 0.02
+    assert not torch.equal(fast, exact)
+
+
+def test_products_are_in_bfloat16_only_where_the_processor_has_them(monkeypatch):
+    assert not native_bfloat16(torch.device("cuda"))
+    for found, expected in (({"avx512_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda x=found: x, raising=False)
+        assert native_bfloat16(torch.device("cpu")) is expected
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not native_bfloat16(torch.device("cpu"))
 
 
 def test_roots_are_fresh_at_first_and_cheap_later(monkeypatch):
@@ -164,7 +197,9 @@ def test_whitening_of_one_gradient_is_its_polar_factor():
     torch.manual_seed(0)
     g = torch.randn(5, 8)
     p = nn.Parameter(torch.ones(5, 8))
-    opt = ConstrainedOptimizer([p], lr=0.05, damping=0.0, use_trust_region=False)
+    opt = ConstrainedOptimizer(
+        [p], lr=0.05, damping=0.0, use_trust_region=False, product_dtype=torch.float32
+    )
     p.grad = g
     opt.step()
     u, _, vh = torch.linalg.svd(g, full_matrices=False)
