@@ -259,17 +259,11 @@ class Bench:
         self.log.append({**key, **result, **self.where})
         self.bar.update()
 
-    def losses(
-        self,
-        method: str,
-        task: str,
-        steps: int,
-        seeds: int,
-        extra: Sequence[str] = (),
-        column: str = "final_loss",
-    ) -> list[float]:
-        keys = [self.key(method, task, steps, seed, extra) for seed in range(seeds)]
-        return [r[column] for r in self.run(keys)]
+    def losses(self, method: str, task: str, seeds: int) -> list[float]:
+        """Final losses of runs of the default length with default rates, one a seed."""
+        return [
+            r["final_loss"] for r in self.run(self.key(method, task, RUN, s) for s in range(seeds))
+        ]
 
 
 def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
@@ -392,11 +386,14 @@ def lr_sensitivity(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequ
             hybrid = METHODS[method][0] == "--hybrid"
             start = "teacher" if "teacher" in task.flags else "random"
             centre = distillation.DEFAULT_LR["hybrid"][start] if hybrid else task.rates[method]
-            table = {}
-            for factor in (0.1, 0.3, 1, 3, 10, 30):
-                rate = f"{centre * factor:g}"
-                losses = bench.losses(method, task.flags, RUN, seeds, ["--lr", rate])
-                table[rate] = float(np.mean(losses))
+            rates = [f"{centre * factor:g}" for factor in (0.1, 0.3, 1, 3, 10, 30)]
+            runs = bench.run(
+                bench.key(method, task.flags, RUN, s, ["--lr", rate])
+                for rate in rates
+                for s in range(seeds)
+            )
+            losses = np.array([r["final_loss"] for r in runs]).reshape(len(rates), seeds)
+            table = dict(zip(rates, losses.mean(1).tolist(), strict=True))
             best = min(table.values())
             excess = {r: 100 * (x / best - 1) for r, x in table.items()}
             entry[method] = {
@@ -417,14 +414,14 @@ def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequen
         if "--qat" not in flags.split():
             continue
         full = flags.replace("--qat", "--calibrate=false")
-        floats = {m: bench.losses(m, full, RUN, seeds) for m in ("AdamW", "Full hybrid")}
+        floats = {m: bench.losses(m, full, seeds) for m in ("AdamW", "Full hybrid")}
         reference = min(floats.values(), key=np.mean)
         entry: dict[str, Any] = {
             "full_precision": {m: mean_interval(x) for m, x in floats.items()},
         }
         for bits, low in (("ternary", flags), ("1bit", flags.replace("--ternary ", ""))):
-            plain = bench.losses("AdamW", low, RUN, seeds)
-            guided = bench.losses("Full hybrid", low, RUN, seeds)
+            plain = bench.losses("AdamW", low, seeds)
+            guided = bench.losses("Full hybrid", low, seeds)
             entry[bits] = {
                 "adamw": mean_interval(plain),
                 "hybrid": mean_interval(guided),
@@ -469,8 +466,7 @@ def batch_size(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence
         for method in methods:
             for batch in (2, 8, 32):
                 flags = f"{TASKS[name].flags} --batch_size {batch}"
-                keys = [bench.key(method, flags, 96, s) for s in range(seeds)]
-                runs = bench.run(keys)
+                runs = bench.run(bench.key(method, flags, 96, s) for s in range(seeds))
                 diverged = [
                     not math.isfinite(r["final_loss"]) or r["curve"][-1][1] > r["curve"][0][1]
                     for r in runs
@@ -487,24 +483,26 @@ def batch_size(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence
 
 def ablation(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
     """The hybrid without one part at a time, and AdamW with the parts that it can take."""
-    rows = [m for m in METHODS if "Hybrid" in m or m.startswith(("AdamW", "Full"))]
     summary: dict[str, Any] = {}
     for name in tasks:
         flags = TASKS[name].flags
-        convertible = "--student_init teacher" in flags
-        whole = bench.losses("Full hybrid", flags, RUN, seeds)
-        entry = {}
-        for method in rows:
-            if "calibration" in method and not convertible:
-                continue
-            losses = bench.losses(method, flags, RUN, seeds)
-            kl = bench.losses(method, flags, RUN, seeds, column="final_kl")
-            entry[method] = {
-                "loss": mean_interval(losses),
-                "kl": mean_interval(kl),
-                "loss_ratio_vs_full": ratio(losses, whole),
+        rows = [m for m in METHODS if "Hybrid" in m or m.startswith(("AdamW", "Full"))]
+        if "--student_init teacher" not in flags:
+            rows = [m for m in rows if "calibration" not in m]
+        runs = bench.run(bench.key(m, flags, RUN, s) for m in rows for s in range(seeds))
+        losses, kl = (
+            np.array([r[column] for r in runs]).reshape(len(rows), seeds)
+            for column in ("final_loss", "final_kl")
+        )
+        whole = losses[rows.index("Full hybrid")]
+        summary[name] = {
+            method: {
+                "loss": mean_interval(losses[i]),
+                "kl": mean_interval(kl[i]),
+                "loss_ratio_vs_full": ratio(losses[i], whole),
             }
-        summary[name] = entry
+            for i, method in enumerate(rows)
+        }
     return {"tasks": summary, "seeds": seeds, "steps": RUN}
 
 
