@@ -259,12 +259,6 @@ class Bench:
         self.log.append({**key, **result, **self.where})
         self.bar.update()
 
-    def losses(self, method: str, task: str, seeds: int) -> list[float]:
-        """Final losses of runs of the default length with default rates, one a seed."""
-        return [
-            r["final_loss"] for r in self.run(self.key(method, task, RUN, s) for s in range(seeds))
-        ]
-
 
 def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
     """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
@@ -414,21 +408,25 @@ def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequen
         if "--qat" not in flags.split():
             continue
         full = flags.replace("--qat", "--calibrate=false")
-        floats = {m: bench.losses(m, full, seeds) for m in ("AdamW", "Full hybrid")}
-        reference = min(floats.values(), key=np.mean)
+        kinds = (full, flags, flags.replace("--ternary ", ""))
+        sides = ("AdamW", "Full hybrid")
+        runs = bench.run(
+            bench.key(m, kind, RUN, s) for kind in kinds for m in sides for s in range(seeds)
+        )
+        losses = np.array([r["final_loss"] for r in runs]).reshape(len(kinds), 2, seeds)
+        (adamw, hybrid), *quantized = losses
+        reference = min((adamw, hybrid), key=np.mean)
         entry: dict[str, Any] = {
-            "full_precision": {m: mean_interval(x) for m, x in floats.items()},
+            "full_precision": {"AdamW": mean_interval(adamw), "Full hybrid": mean_interval(hybrid)}
         }
-        for bits, low in (("ternary", flags), ("1bit", flags.replace("--ternary ", ""))):
-            plain = bench.losses("AdamW", low, seeds)
-            guided = bench.losses("Full hybrid", low, seeds)
+        for bits, (plain, guided) in zip(("ternary", "1bit"), quantized, strict=True):
             entry[bits] = {
                 "adamw": mean_interval(plain),
                 "hybrid": mean_interval(guided),
-                "adamw_gap": float(np.mean(plain) - np.mean(reference)),
-                "hybrid_gap": float(np.mean(guided) - np.mean(reference)),
-                "hybrid_own_gap": float(np.mean(guided) - np.mean(floats["Full hybrid"])),
-                "adamw_own_gap": float(np.mean(plain) - np.mean(floats["AdamW"])),
+                "adamw_gap": float(np.mean(plain - reference)),
+                "hybrid_gap": float(np.mean(guided - reference)),
+                "hybrid_own_gap": float(np.mean(guided - hybrid)),
+                "adamw_own_gap": float(np.mean(plain - adamw)),
                 "gap_reduction": gap_reduction(plain, guided, reference),
             }
         summary[name] = entry
