@@ -175,7 +175,8 @@ def plot_study(path: Path, name: str, tasks: dict[str, Any]) -> None:
         ax.grid(alpha=0.25)
         draw(ax, entry)
         if draw is _draw_means:
-            ax.set_xlabel("seconds a step" if name == "overhead" else "final loss, nats")
+            what = "seconds a step" if name == "overhead" else "final loss, nats a byte"
+            ax.set_xlabel(f"{what}, mean and 95 % t-interval")
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
 
 
