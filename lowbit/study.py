@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import t
 
 from lowbit import __version__
 
-T_QUANTILE = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # 97.5 %
 RESAMPLES = 4000
 
 
@@ -69,14 +69,6 @@ class RunLog:
     def find(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         return next((r for r in self.runs if all(r.get(k) == v for k, v in key.items())), None)
 
-    def get(self, key: Mapping[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The record of ``key``; if there is none, ``run`` is called and its record kept."""
-        found = self.find(key)
-        if found is None:
-            found = {**key, **run()}
-            self.append(found)
-        return found
-
     def append(self, record: dict[str, Any]) -> None:
         text = json.dumps(record) + "\n"
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
@@ -94,7 +86,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     if n < 2:
         return float(np.mean(values)), float("nan")
-    return float(np.mean(values)), float(T_QUANTILE.get(n, 2.3) * np.std(values, ddof=1) / n**0.5)
+    return float(np.mean(values)), float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / n**0.5)
 
 
 def resamples(n: int, seed: int = 0) -> np.ndarray:
