@@ -322,18 +322,21 @@ def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, li
 def side_by_side(
     bench: Bench, task: Task, baseline: str, flags: Sequence[str], steps: int, pairs: int
 ) -> dict[str, Any]:
-    """Seconds of the hybrid for ``steps`` over those of the baseline for the task's steps, with
-    clustering, calibration and validation. The runs take turns, one at a time, on the machine
-    that summarises.
+    """The hybrid's runs of ``steps`` over the baseline's of the task's steps: "seconds_ratio", with
+    clustering, calibration and validation, and "step_time_ratio", of median steps. The runs take
+    turns, one at a time, on the machine that summarises.
     """
     sides = ((baseline, task.steps, flags), ("Full hybrid", steps, ()))
-    seconds: dict[str, list[float]] = {baseline: [], "Full hybrid": []}
+    runs: list[list[dict[str, Any]]] = [[], []]
     for seed in range(pairs):
-        for method, length, extra in sides:
+        for (method, length, extra), side in zip(sides, runs, strict=True):
             key = bench.key(method, task.flags, length, seed, extra)
-            (run,) = bench.run([{**key, "purpose": "timing", "cpu": bench.where["cpu"]}])
-            seconds[method].append(run["seconds"])
-    return ratio(seconds["Full hybrid"], seconds[baseline])
+            side += bench.run([{**key, "purpose": "timing", "cpu": bench.where["cpu"]}])
+    theirs, ours = runs
+    return {
+        f"{name}_ratio": ratio([r[column] for r in ours], [r[column] for r in theirs])
+        for name, column in (("seconds", "seconds"), ("step_time", "step_seconds"))
+    }
 
 
 def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
@@ -359,9 +362,10 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
             entry[f"steps_ratio_vs_{label}"] = steps_ratio(losses, target, task.steps)
             reached = smallest_horizon(losses, float(np.mean(target)), np.arange(seeds))
             if math.isfinite(reached):
-                entry[f"seconds_ratio_vs_{label}"] = side_by_side(
+                timed = side_by_side(
                     bench, task, baseline, best, int(reached), min(seeds, TIMED_PAIRS)
                 )
+                entry |= {f"{name}_vs_{label}": found for name, found in timed.items()}
             entry["hybrid_losses"] = {str(h): mean_interval(x) for h, x in losses.items()}
             entry["hybrid_kl"] = {
                 str(h): mean_interval([r["final_kl"] for r in rs]) for h, rs in horizons.items()

@@ -117,6 +117,7 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert min(rates) < 2 < max(rates)
     assert entry["steps_ratio_vs_adamw"]["value"] == 0.5
     assert entry["seconds_ratio_vs_adamw"]["value"] == pytest.approx(0.5)
+    assert entry["step_time_ratio_vs_adamw"]["value"] == 1
     horizons = [steps for method, steps, _, _ in law if method == "Full hybrid"]
     # One on either side of the first that reaches the target; then that one again, for the time.
     assert horizons == [176] * 3 + [160] * 3 + [128] * 3 + [144] * 3 + [160] * 3
