@@ -1037,6 +1037,7 @@ class HybridOptimizationManager:
     KAPPA_RATE = 0.2  # of the running means whose ratio is kappa
     KAPPA = (-0.4, 0.3)  # between these the length is left alone; see EXPERIMENTS.md
     GAIN = 0.4  # decades an observation, for each unit of kappa beyond them
+    LONGEST = 0.14  # kappa grows no wanted length beyond this (or a longer step_length)
     GUIDED = 0.3  # share of the run after which the length is left to the schedule
     SETTLE = 0.05  # share of the run in which regions are fitted to the proposals at once
 
@@ -1260,7 +1261,8 @@ class HybridOptimizationManager:
         at the minimum along it, negative beyond; (1 + kappa)/2 is the trust-region ratio of actual
         to predicted reduction on a quadratic. Above KAPPA[1] the wanted length of a step grows,
         below KAPPA[0] it shrinks, ever more slowly; between them, and once GUIDED of the run is
-        over, it stays, and the schedule anneals. The network learns to foresee that correction.
+        over, it stays, and the schedule anneals. Where the loss is concave kappa stays near 1 however
+        long the step, hence LONGEST. The network learns to foresee that correction.
 
         The multiplier is what brings the base rate to the wanted length, so the base rate itself
         hardly matters; what a multiplier of 0.1 leaves too long, cap cuts.
@@ -1283,6 +1285,8 @@ class HybridOptimizationManager:
                 excess = min(max(excess, -0.5), 0.5)
                 left = 1 - state.step_number / (self.GUIDED * self.config.max_steps)
                 wish = self.GAIN * excess * self._share * max(left, 0.0)
+                longest = math.log10(max(self.LONGEST, self.config.step_length))
+                wish = min(wish, max(longest - self._length, 0.0))
                 self._length += wish
         if self._proposal is not None:
             net.learn(wish, self._proposal)

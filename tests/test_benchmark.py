@@ -184,6 +184,14 @@ def test_bad_input(flags, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error:")
 
 
+def test_guidance_does_not_run_away_where_the_loss_is_concave():
+    """On digits kappa is near 1 for the first steps, however long they are."""
+    task = ["--digits", "--epochs", "12"]
+    for rate in ("7e-4", "7e-3", "0.2"):
+        found = benchmark.run_once("Full hybrid", ["--hybrid", "--lr", rate], task, 0)
+        assert found["final_loss"] < 0.2  # untrained: log 10 = 2.3; it was 2.2 without a bound
+
+
 @pytest.mark.parametrize("method", ["AdamW", "Muon", "Full hybrid", "Hybrid - matrix geometry"])
 def test_digits_are_learned(method):
     task = ["--digits", "--epochs", "8"]
