@@ -1261,8 +1261,8 @@ class HybridOptimizationManager:
         at the minimum along it, negative beyond; (1 + kappa)/2 is the trust-region ratio of actual
         to predicted reduction on a quadratic. Above KAPPA[1] the wanted length of a step grows,
         below KAPPA[0] it shrinks, ever more slowly; between them, and once GUIDED of the run is
-        over, it stays, and the schedule anneals. Where the loss is concave kappa stays near 1 however
-        long the step, hence LONGEST. The network learns to foresee that correction.
+        over, it stays, and the schedule anneals. Where the loss is concave kappa stays near 1
+        however long the step, hence LONGEST. The network learns to foresee that correction.
 
         The multiplier is what brings the base rate to the wanted length, so the base rate itself
         hardly matters; what a multiplier of 0.1 leaves too long, cap cuts.
