@@ -85,6 +85,7 @@ METHODS: dict[str, list[str]] = {
     "Hybrid - matrix geometry": ["--hybrid", "--use_matrix_geometry=false"],
     "Hybrid - calibration": ["--hybrid", "--calibrate=false"],
 }
+PAIR = ("AdamW", "Full hybrid")
 QUICK = ["Baseline SGD", "SGD + LR schedule", "SGD + clustering", "AdamW", "Full hybrid"]
 
 
@@ -217,6 +218,10 @@ def run_digits(flags: Sequence[str], common: Sequence[str], seed: int) -> dict[s
     }  # fmt: skip
 
 
+#: Method, the task's flags, further flags.
+Setting = tuple[str, str, Sequence[str]]
+
+
 class Bench:
     """Runs of a study: what is in the log is not run again."""
 
@@ -258,6 +263,29 @@ class Bench:
     def _keep(self, key: dict[str, Any], result: dict[str, Any]) -> None:
         self.log.append({**key, **result, **self.where})
         self.bar.update()
+
+    def losses(
+        self, settings: Iterable[Setting], seeds: int, column: str = "final_loss"
+    ) -> np.ndarray:
+        """Of runs of the default length: a row for each setting, a column for each seed. All are
+        asked for at once, so that --jobs fills the machine."""
+        settings = list(settings)
+        runs = self.run(
+            self.key(method, task, RUN, seed, extra)
+            for method, task, extra in settings
+            for seed in range(seeds)
+        )
+        return np.array([r[column] for r in runs]).reshape(len(settings), seeds)
+
+    def take_turns(self, sides: Sequence[tuple[Setting, int]], pairs: int) -> list[list[dict]]:
+        """For each side, a setting and its steps, a record a seed: runs whose times are compared,
+        one at a time on this machine, whatever --jobs."""
+        runs: list[list[dict]] = [[] for _ in sides]
+        for seed in range(pairs):
+            for ((method, task, extra), steps), side in zip(sides, runs, strict=True):
+                key = self.key(method, task, steps, seed, extra)
+                side += self.run([{**key, "purpose": "timing", "cpu": self.where["cpu"]}])
+        return runs
 
 
 def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
@@ -322,17 +350,11 @@ def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, li
 def side_by_side(
     bench: Bench, task: Task, baseline: str, flags: Sequence[str], steps: int, pairs: int
 ) -> dict[str, Any]:
-    """The hybrid's runs of ``steps`` over the baseline's of the task's steps: "seconds_ratio", with
-    clustering, calibration and validation, and "step_time_ratio", of median steps. The runs take
-    turns, one at a time, on the machine that summarises.
-    """
-    sides = ((baseline, task.steps, flags), ("Full hybrid", steps, ()))
-    runs: list[list[dict[str, Any]]] = [[], []]
-    for seed in range(pairs):
-        for (method, length, extra), side in zip(sides, runs, strict=True):
-            key = bench.key(method, task.flags, length, seed, extra)
-            side += bench.run([{**key, "purpose": "timing", "cpu": bench.where["cpu"]}])
-    theirs, ours = runs
+    """The hybrid's runs of ``steps`` over the baseline's of the task's steps, taking turns:
+    "seconds_ratio", with clustering, calibration and validation, and "step_time_ratio", of median
+    steps."""
+    tuned, plain = (baseline, task.flags, flags), ("Full hybrid", task.flags, ())
+    theirs, ours = bench.take_turns([(tuned, task.steps), (plain, steps)], pairs)
     return {
         f"{name}_ratio": ratio([r[column] for r in ours], [r[column] for r in theirs])
         for name, column in (("seconds", "seconds"), ("step_time", "step_seconds"))
@@ -385,12 +407,7 @@ def lr_sensitivity(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequ
             start = "teacher" if "teacher" in task.flags else "random"
             centre = distillation.DEFAULT_LR["hybrid"][start] if hybrid else task.rates[method]
             rates = [f"{centre * factor:g}" for factor in (0.1, 0.3, 1, 3, 10, 30)]
-            runs = bench.run(
-                bench.key(method, task.flags, RUN, s, ["--lr", rate])
-                for rate in rates
-                for s in range(seeds)
-            )
-            losses = np.array([r["final_loss"] for r in runs]).reshape(len(rates), seeds)
+            losses = bench.losses([(method, task.flags, ["--lr", r]) for r in rates], seeds)
             table = dict(zip(rates, losses.mean(1).tolist(), strict=True))
             best = min(table.values())
             excess = {r: 100 * (x / best - 1) for r, x in table.items()}
@@ -413,12 +430,8 @@ def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequen
             continue
         full = flags.replace("--qat", "--calibrate=false")
         kinds = (full, flags, flags.replace("--ternary ", ""))
-        sides = ("AdamW", "Full hybrid")
-        runs = bench.run(
-            bench.key(m, kind, RUN, s) for kind in kinds for m in sides for s in range(seeds)
-        )
-        losses = np.array([r["final_loss"] for r in runs]).reshape(len(kinds), 2, seeds)
-        (adamw, hybrid), *quantized = losses
+        losses = bench.losses([(m, kind, ()) for kind in kinds for m in PAIR], seeds)
+        (adamw, hybrid), *quantized = losses.reshape(len(kinds), len(PAIR), seeds)
         reference = min((adamw, hybrid), key=np.mean)
         entry: dict[str, Any] = {
             "full_precision": {"AdamW": mean_interval(adamw), "Full hybrid": mean_interval(hybrid)}
@@ -441,20 +454,12 @@ def overhead(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[s
     """Time a step against AdamW: medians over default runs that alternate on the same machine."""
     summary: dict[str, Any] = {}
     for name in tasks:
-        keys = [
-            bench.key(m, TASKS[name].flags, RUN, s)
-            for s in range(seeds)
-            for m in ("AdamW", "Full hybrid")
-        ]
-        runs = [r for k in keys for r in bench.run([k])]  # alone on the machine, whatever --jobs
-        seconds = {
-            m: [r["step_seconds"] for r in runs if r["method"] == m]
-            for m in ("AdamW", "Full hybrid")
-        }
+        runs = bench.take_turns([((m, TASKS[name].flags, ()), RUN) for m in PAIR], seeds)
+        adamw, hybrid = ([r["step_seconds"] for r in side] for side in runs)
         summary[name] = {
-            "adamw_step_seconds": mean_interval(seconds["AdamW"]),
-            "hybrid_step_seconds": mean_interval(seconds["Full hybrid"]),
-            "step_time_ratio": ratio(seconds["Full hybrid"], seconds["AdamW"]),
+            "adamw_step_seconds": mean_interval(adamw),
+            "hybrid_step_seconds": mean_interval(hybrid),
+            "step_time_ratio": ratio(hybrid, adamw),
         }
     return {"tasks": summary, "seeds": seeds}
 
@@ -491,11 +496,8 @@ def ablation(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[s
         rows = [m for m in METHODS if "Hybrid" in m or m.startswith(("AdamW", "Full"))]
         if "--student_init teacher" not in flags:
             rows = [m for m in rows if "calibration" not in m]
-        runs = bench.run(bench.key(m, flags, RUN, s) for m in rows for s in range(seeds))
-        losses, kl = (
-            np.array([r[column] for r in runs]).reshape(len(rows), seeds)
-            for column in ("final_loss", "final_kl")
-        )
+        settings = [(m, flags, ()) for m in rows]
+        losses, kl = (bench.losses(settings, seeds, x) for x in ("final_loss", "final_kl"))
         whole = losses[rows.index("Full hybrid")]
         summary[name] = {
             method: {
@@ -539,7 +541,7 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
     methods = o.methods or QUICK
     steps = o.epochs * STEPS_PER_EPOCH
     keys = [bench.key(m, o.task, steps, s) for s in range(o.seeds) for m in methods]
-    paired = [m for m in ("AdamW", "Full hybrid") if m in methods]
+    paired = [m for m in PAIR if m in methods]
     words = o.task.split()
     full_keys = []
     if len(paired) == 2 and "--qat" in words:
