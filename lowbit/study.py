@@ -1,4 +1,4 @@
-"""What a comparison of methods is made of: provenance, a log of finished runs, statistics.
+"""What a comparison of methods is made of: provenance, a log of runs, statistics.
 
 Losses are arrays (seeds,) of one method at one horizon; seeds are paired across methods: the same
 seed means the same initial weights and the same order of the data.
@@ -9,15 +9,19 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import stdtrit
+from tqdm import tqdm
 
 from lowbit import __version__
+from lowbit.options import STEPS_PER_EPOCH
 
 RESAMPLES = 4000
 
@@ -76,6 +80,93 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as f:
             f.write(text)
         self.runs.append(record)
+
+
+#: Method, the task's flags, further flags.
+Setting = tuple[str, str, Sequence[str]]
+
+
+class Bench:
+    """Runs of a study: what is in the log is not run again.
+
+    run_once(method, flags, task's flags, seed) -> what a run gave; methods: name -> flags. With
+    jobs > 1 run_once must be a function of a module, to be called in other processes.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        jobs: int,
+        device: str,
+        run_once: Callable[[str, Sequence[str], Sequence[str], int], dict[str, Any]],
+        methods: Mapping[str, Sequence[str]],
+    ) -> None:
+        self.folder, self.jobs, self.device = folder, jobs, device
+        self.run_once, self.methods = run_once, methods
+        self.log = RunLog(folder / "runs.jsonl")
+        self.where = machine()
+        self.bar = tqdm(unit="run", file=sys.stderr, leave=False)
+        self.used: dict[int, dict[str, Any]] = {}  # records that a result was made of
+
+    def key(
+        self, method: str, task: str, steps: int, seed: int, extra: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        flags = [*task.split(), "--device", self.device, "--epochs", str(steps // STEPS_PER_EPOCH)]
+        return {
+            "method": method,
+            "seed": seed,
+            "task": flags,
+            "flags": [*self.methods[method], *extra],
+        }
+
+    def run(self, keys: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The records of ``keys``, in their order."""
+        keys = list(keys)
+        missing = [k for k in keys if self.log.find(k) is None]
+        self.bar.total = (self.bar.total or 0) + len(missing)
+        arguments = [(k["method"], k["flags"], k["task"], k["seed"]) for k in missing]
+        if self.jobs > 1 and len(missing) > 1:
+            threads = max(1, torch.get_num_threads() // self.jobs)
+            with ProcessPoolExecutor(
+                self.jobs, initializer=torch.set_num_threads, initargs=(threads,)
+            ) as pool:
+                results = pool.map(self.run_once, *zip(*arguments, strict=True))
+                for k, result in zip(missing, results, strict=True):
+                    self._keep(k, result)
+        else:
+            for k, a in zip(missing, arguments, strict=True):
+                self.bar.set_description(f"{k['method']}, seed {k['seed']}")
+                self._keep(k, self.run_once(*a))
+        found = [r for r in map(self.log.find, keys) if r is not None]
+        self.used |= {id(r): r for r in found}
+        return found
+
+    def _keep(self, key: dict[str, Any], result: dict[str, Any]) -> None:
+        self.log.append({**key, **result, **self.where})
+        self.bar.update()
+
+    def losses(
+        self, settings: Iterable[Setting], steps: int, seeds: int, column: str = "final_loss"
+    ) -> np.ndarray:
+        """A row for each setting, a column for each seed. All runs are asked for at once, so that
+        --jobs fills the machine."""
+        settings = list(settings)
+        runs = self.run(
+            self.key(method, task, steps, seed, extra)
+            for method, task, extra in settings
+            for seed in range(seeds)
+        )
+        return np.array([r[column] for r in runs]).reshape(len(settings), seeds)
+
+    def take_turns(self, sides: Sequence[tuple[Setting, int]], pairs: int) -> list[list[dict]]:
+        """For each side, a setting and its steps, a record a seed: runs whose times are compared,
+        one at a time on this machine, whatever --jobs."""
+        runs: list[list[dict]] = [[] for _ in sides]
+        for seed in range(pairs):
+            for ((method, task, extra), steps), side in zip(sides, runs, strict=True):
+                key = self.key(method, task, steps, seed, extra)
+                side += self.run([{**key, "purpose": "timing", "cpu": self.where["cpu"]}])
+        return runs
 
 
 # -------------------------------------------------------------------------------- statistics

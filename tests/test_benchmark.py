@@ -8,7 +8,8 @@ import math
 import pytest
 
 import benchmark_hybrid_optimization as benchmark
-from lowbit import tables
+from lowbit import studies, tables
+from lowbit.study import Bench
 
 
 def run(method: str, seed: int, final: float, curve: list[tuple[int, float]]) -> dict:
@@ -57,18 +58,18 @@ def test_runs_are_cached_and_grow(tmp_path, text_file, tiny_teacher, capsys, mon
     command = ["--epochs", "2", "--task", task, "--output_dir", str(tmp_path)]
     assert benchmark.main([*command, "--seeds", "1"]) == 0
     full = [("AdamW", 0), ("Full hybrid", 0)]  # in full precision
-    assert done == [(m, 0) for m in benchmark.QUICK] + full
+    assert done == [(m, 0) for m in studies.QUICK] + full
     with (tmp_path / "runs.jsonl").open("a") as f:
         f.write('{"cut off')  # a killed writer
     assert benchmark.main([*command, "--seeds", "1"]) == 0
-    assert len(done) == len(benchmark.QUICK) + 2
+    assert len(done) == len(studies.QUICK) + 2
     out = capsys.readouterr().out
-    assert all(m in out for m in benchmark.QUICK)
+    assert all(m in out for m in studies.QUICK)
     assert "Quantization error" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [r["method"] for r in summary["table"]] == benchmark.QUICK
+    assert [r["method"] for r in summary["table"]] == studies.QUICK
     assert [r["method"] for r in summary["quantization"]] == ["AdamW", "Full hybrid"]
-    assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + len(benchmark.QUICK)
+    assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + len(studies.QUICK)
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -95,8 +96,8 @@ def law(monkeypatch):
         }  # fmt: skip
 
     monkeypatch.setattr(benchmark, "run_once", run_once)
-    task = benchmark.Task("--ternary --qat", 320, {"AdamW": 0.5, "Muon": 0.5})
-    monkeypatch.setitem(benchmark.TASKS, "toy", task)
+    task = studies.Task("--ternary --qat", 320, {"AdamW": 0.5, "Muon": 0.5})
+    monkeypatch.setitem(studies.TASKS, "toy", task)
     return done
 
 
@@ -123,7 +124,7 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert horizons == [176] * 3 + [160] * 3 + [128] * 3 + [144] * 3 + [160] * 3
     timed = [(method, steps) for method, steps, _, _ in law[-6:]]
     assert timed == [("AdamW", 320), ("Full hybrid", 160)] * 3  # side by side
-    assert all(s == benchmark.TUNING_SEED for m, _, s, f in law if m == "AdamW" and "4" in f)
+    assert all(s == studies.TUNING_SEED for m, _, s, f in law if m == "AdamW" and "4" in f)
     folder = tmp_path / "convergence"
     assert {p.name for p in folder.iterdir()} == STUDY_FILES
     readme = (folder / "README.md").read_text()
@@ -137,8 +138,8 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
 @pytest.mark.parametrize(("target", "hit"), [(1.625, 80), (1.2, 256), (0.5, None)])
 def test_horizons_are_bracketed_from_both_sides(law, tmp_path, target, hit):
     """The hybrid's loss is 1 + 50 / steps by the law of these runs."""
-    bench = benchmark.Bench(tmp_path, 1, "cpu")
-    found = benchmark.bracket(bench, benchmark.TASKS["toy"], 1, target)
+    bench = Bench(tmp_path, 1, "cpu", benchmark.run_once, studies.METHODS)
+    found = studies.bracket(bench, studies.TASKS["toy"], 1, target)
     good = [h for h, rs in found.items() if rs[0]["final_loss"] <= target]
     assert min(good, default=None) == hit
     assert list(found) == sorted(found)
@@ -195,7 +196,7 @@ def test_guidance_does_not_run_away_where_the_loss_is_concave():
 @pytest.mark.parametrize("method", ["AdamW", "Muon", "Full hybrid", "Hybrid - matrix geometry"])
 def test_digits_are_learned(method):
     task = ["--digits", "--epochs", "8"]
-    flags = benchmark.METHODS[method]
+    flags = studies.METHODS[method]
     found = benchmark.run_once(method, flags, task, 0)
     assert found["steps"] == 128
     assert found["final_loss"] < 1.5  # untrained: log 10 = 2.3

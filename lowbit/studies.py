@@ -1,0 +1,313 @@
+"""The full studies: tasks, methods, and what is asked of their runs.
+
+A study is a function of a `Bench` that asks for runs and returns its summary. Baselines are tuned,
+the hybrid has its default settings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lowbit.options import DEFAULT_LR, STEPS_PER_EPOCH
+from lowbit.study import Bench, gap_reduction, mean_interval, ratio, smallest_horizon, steps_ratio
+
+TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
+RUN = 320  # steps of the default run, where a study needs one length
+
+#: Method -> its flags. --cluster_batches is ours alone: batches balanced over clusters.
+METHODS: dict[str, list[str]] = {
+    "Baseline SGD": ["--optimizer", "sgd", "--lr_schedule", "constant"],
+    "SGD + LR schedule": ["--optimizer", "sgd"],
+    "SGD + clustering": ["--optimizer", "sgd", "--cluster_batches"],
+    "AdamW": ["--optimizer", "adamw"],
+    "AdamW + clustering": ["--optimizer", "adamw", "--cluster_batches"],
+    "AdamW + calibration": ["--optimizer", "adamw", "--calibrate"],
+    "Muon": ["--optimizer", "muon"],
+    "Schedule-Free AdamW": ["--optimizer", "schedulefree", "--lr_schedule", "constant"],
+    "Prodigy": ["--optimizer", "prodigy"],
+    "Full hybrid": ["--hybrid"],
+    "Hybrid - auxiliary network": ["--hybrid", "--use_auxiliary_nn=false"],
+    "Hybrid - trust region": ["--hybrid", "--use_trust_region=false"],
+    "Hybrid - data clustering": ["--hybrid", "--use_clustering=false"],
+    "Hybrid - parameter clustering": ["--hybrid", "--param_clusters", "1"],
+    "Hybrid - matrix geometry": ["--hybrid", "--use_matrix_geometry=false"],
+    "Hybrid - calibration": ["--hybrid", "--calibrate=false"],
+}
+PAIR = ("AdamW", "Full hybrid")
+QUICK = ["Baseline SGD", "SGD + LR schedule", "SGD + clustering", "AdamW", "Full hybrid"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """flags: of distillation.py. steps: the baseline's horizon. rates: where tuning starts."""
+
+    flags: str
+    steps: int
+    rates: dict[str, float]
+
+
+FROM_SCRATCH = {"AdamW": 4e-3, "Muon": 1e-2, "Schedule-Free AdamW": 4e-3, "Prodigy": 1.0}
+#: {stdlib} stands for the folder of the standard library's source code.
+SOURCE_CODE = " ".join(
+    "{stdlib}/" + name for name in ("asyncio", "email", "http", "importlib", "json", "unittest")
+)
+TASKS: dict[str, Task] = {
+    "conversion": Task(
+        "--ternary --qat --student_init teacher",
+        400,
+        {"AdamW": 1e-3, "Muon": 2e-3, "Schedule-Free AdamW": 1e-3, "Prodigy": 1.0},
+    ),
+    "scratch": Task("--ternary --qat --student_init random", 800, FROM_SCRATCH),
+    "scratch_small": Task(
+        "--ternary --qat --student_init random --student_size small", 800, FROM_SCRATCH
+    ),
+    "full_precision": Task("--ternary --calibrate=false --student_init random", 800, FROM_SCRATCH),
+    "heldout": Task(
+        f"--ternary --qat --student_init random --data {SOURCE_CODE}", 800, FROM_SCRATCH
+    ),
+    "digits": Task("--digits", 192, FROM_SCRATCH),
+}
+TIMED_PAIRS = 3
+GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
+FIRST = 0.56  # of the baseline's steps, where the search for the horizon starts
+
+
+# ------------------------------------------------------------------------------------- tuning
+
+
+def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
+    """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
+    is interior, then the other schedules at that rate. One seed, which no result uses."""
+
+    def losses(trials: Sequence[tuple[float, str]]) -> list[float]:
+        flags = [["--lr", f"{rate:g}", "--lr_schedule", schedule] for rate, schedule in trials]
+        keys = [bench.key(method, task.flags, task.steps, TUNING_SEED, f) for f in flags]
+        found = [r["final_loss"] for r in bench.run(keys)]
+        for (rate, schedule), loss in zip(trials, found, strict=True):
+            table.append({"lr": rate, "schedule": schedule, "loss": loss})
+        return found
+
+    table: list[dict[str, Any]] = []
+    start = task.rates[method]
+    rates = [start / 2, start, start * 2]
+    found = dict(zip(rates, losses([(r, "linear") for r in rates]), strict=True))
+    while (best := min(found, key=found.__getitem__)) in (min(found), max(found)):
+        if len(found) > 7:
+            break
+        further = best / 2 if best == min(found) else best * 2
+        (found[further],) = losses([(further, "linear")])
+    others = losses([(best, "cosine"), (best, "wsd")])
+    schedules = dict(zip(("linear", "cosine", "wsd"), (found[best], *others), strict=True))
+    schedule = min(schedules, key=schedules.__getitem__)
+    return ["--lr", f"{best:g}", "--lr_schedule", schedule], table
+
+
+# ------------------------------------------------------------------------------------- studies
+
+
+def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, list[dict[str, Any]]]:
+    """The hybrid's runs at horizons around the smallest that reaches the target: from FIRST of
+    the baseline's steps in growing strides until one is reached and one is not, then by halves; and
+    one beyond, for the interval. Horizon (steps) -> a record a seed."""
+    horizons: dict[int, list[dict[str, Any]]] = {}
+    unit = STEPS_PER_EPOCH * max(1, round(task.steps / GRID / STEPS_PER_EPOCH))
+    points = task.steps // unit
+
+    def reached(point: int) -> bool:
+        steps = point * unit
+        keys = [bench.key("Full hybrid", task.flags, steps, s) for s in range(seeds)]
+        horizons[steps] = bench.run(keys)
+        return bool(np.mean([r["final_loss"] for r in horizons[steps]]) <= target)
+
+    low, high = 0, points + 1  # not reached, reached
+    point, stride = round(FIRST * points), 1
+    while low < point < high:
+        if reached(point):
+            high, point = point, max(point - stride, 1)
+        else:
+            low, point = point, min(point + stride, points)
+        if low and high <= points:
+            point = (low + high) // 2
+        stride *= 2
+    if high < points:
+        reached(high + 1)
+    return dict(sorted(horizons.items()))
+
+
+def side_by_side(
+    bench: Bench, task: Task, baseline: str, flags: Sequence[str], steps: int, pairs: int
+) -> dict[str, Any]:
+    """The hybrid's runs of ``steps`` over the baseline's of the task's steps, taking turns:
+    "seconds_ratio", with clustering, calibration and validation, and "step_time_ratio", of median
+    steps."""
+    tuned, plain = (baseline, task.flags, flags), ("Full hybrid", task.flags, ())
+    theirs, ours = bench.take_turns([(tuned, task.steps), (plain, steps)], pairs)
+    return {
+        f"{name}_ratio": ratio([r[column] for r in ours], [r[column] for r in theirs])
+        for name, column in (("seconds", "seconds"), ("step_time", "step_seconds"))
+    }
+
+
+def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Steps and seconds to what each tuned baseline ends at: the smallest horizon tried, with the
+    schedule ending there, whose mean over seeds reaches the baseline's mean. Baselines are tuned
+    on a seed of their own, the hybrid has its default settings. Intervals resample seeds; seconds
+    are of runs that take turns."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        task = TASKS[name]
+        entry: dict[str, Any] = {"baseline_steps": task.steps, "seeds": seeds, "tuning": {}}
+        for baseline in [m for m in methods if m in task.rates]:
+            best, table = tune(bench, baseline, task)
+            entry["tuning"][baseline] = {"chosen": best, "table": table}
+            keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
+            reference = bench.run(keys)
+            target = [r["final_loss"] for r in reference]
+            horizons = bracket(bench, task, seeds, float(np.mean(target)))
+            losses = {h: [r["final_loss"] for r in rs] for h, rs in horizons.items()}
+            label = baseline.split()[0].lower().replace("-", "_")
+            entry[f"{label}_loss"] = mean_interval(target)
+            entry[f"{label}_kl"] = mean_interval([r["final_kl"] for r in reference])
+            entry[f"steps_ratio_vs_{label}"] = steps_ratio(losses, target, task.steps)
+            reached = smallest_horizon(losses, float(np.mean(target)), np.arange(seeds))
+            if math.isfinite(reached):
+                timed = side_by_side(
+                    bench, task, baseline, best, int(reached), min(seeds, TIMED_PAIRS)
+                )
+                entry |= {f"{name}_vs_{label}": found for name, found in timed.items()}
+            entry["hybrid_losses"] = {str(h): mean_interval(x) for h, x in losses.items()}
+            entry["hybrid_kl"] = {
+                str(h): mean_interval([r["final_kl"] for r in rs]) for h, rs in horizons.items()
+            }
+        summary[name] = entry
+    return {"tasks": summary}
+
+
+def lr_sensitivity(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Final loss over base rates from 1/10 to 30 times the default, above the best, in per cent."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        task = TASKS[name]
+        entry: dict[str, Any] = {}
+        for method in methods:
+            hybrid = METHODS[method][0] == "--hybrid"
+            start = "teacher" if "teacher" in task.flags else "random"
+            centre = DEFAULT_LR["hybrid"][start] if hybrid else task.rates[method]
+            rates = [f"{centre * factor:g}" for factor in (0.1, 0.3, 1, 3, 10, 30)]
+            losses = bench.losses([(method, task.flags, ["--lr", r]) for r in rates], RUN, seeds)
+            table = dict(zip(rates, losses.mean(1).tolist(), strict=True))
+            best = min(table.values())
+            excess = {r: 100 * (x / best - 1) for r, x in table.items()}
+            entry[method] = {
+                "losses": table,
+                "excess_percent": excess,
+                "worst_excess_loss": max(excess.values()) / 100,
+            }
+        summary[name] = entry
+    return {"tasks": summary, "seeds": seeds, "steps": RUN}
+
+
+def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Loss of quantised students above the best full-precision student of the same size, start
+    and number of steps, by any of the methods."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        flags = TASKS[name].flags
+        if "--qat" not in flags.split():
+            continue
+        full = flags.replace("--qat", "--calibrate=false")
+        kinds = (full, flags, flags.replace("--ternary ", ""))
+        losses = bench.losses([(m, kind, ()) for kind in kinds for m in PAIR], RUN, seeds)
+        (adamw, hybrid), *quantized = losses.reshape(len(kinds), len(PAIR), seeds)
+        reference = min((adamw, hybrid), key=np.mean)
+        entry: dict[str, Any] = {
+            "full_precision": {"AdamW": mean_interval(adamw), "Full hybrid": mean_interval(hybrid)}
+        }
+        for bits, (plain, guided) in zip(("ternary", "1bit"), quantized, strict=True):
+            entry[bits] = {
+                "adamw": mean_interval(plain),
+                "hybrid": mean_interval(guided),
+                "adamw_gap": float(np.mean(plain - reference)),
+                "hybrid_gap": float(np.mean(guided - reference)),
+                "hybrid_own_gap": float(np.mean(guided - hybrid)),
+                "adamw_own_gap": float(np.mean(plain - adamw)),
+                "gap_reduction": gap_reduction(plain, guided, reference),
+            }
+        summary[name] = entry
+    return {"tasks": summary, "seeds": seeds, "steps": RUN}
+
+
+def overhead(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Time a step against AdamW: medians over default runs that alternate on the same machine."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        runs = bench.take_turns([((m, TASKS[name].flags, ()), RUN) for m in PAIR], seeds)
+        adamw, hybrid = ([r["step_seconds"] for r in side] for side in runs)
+        summary[name] = {
+            "adamw_step_seconds": mean_interval(adamw),
+            "hybrid_step_seconds": mean_interval(hybrid),
+            "step_time_ratio": ratio(hybrid, adamw),
+        }
+    return {"tasks": summary, "seeds": seeds}
+
+
+def batch_size(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Batches a quarter, one and four times the default, rates untouched: losses, diverged runs.
+    A run has diverged when it ends above where it was after its first epoch."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        entry: dict[str, Any] = {}
+        for method in methods:
+            for batch in (2, 8, 32):
+                flags = f"{TASKS[name].flags} --batch_size {batch}"
+                runs = bench.run(bench.key(method, flags, 96, s) for s in range(seeds))
+                diverged = [
+                    not math.isfinite(r["final_loss"]) or r["curve"][-1][1] > r["curve"][0][1]
+                    for r in runs
+                ]
+                finite = [r["final_loss"] for r in runs if math.isfinite(r["final_loss"])]
+                entry.setdefault(method, {})[str(batch)] = {
+                    "diverged": sum(diverged),
+                    "runs": len(runs),
+                    "loss": mean_interval(finite) if finite else None,
+                }
+        summary[name] = entry
+    return {"tasks": summary, "steps": 96}
+
+
+def ablation(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """The hybrid without one part at a time, and AdamW with the parts that it can take."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        flags = TASKS[name].flags
+        rows = [m for m in METHODS if "Hybrid" in m or m.startswith(("AdamW", "Full"))]
+        if "--student_init teacher" not in flags:
+            rows = [m for m in rows if "calibration" not in m]
+        settings = [(m, flags, ()) for m in rows]
+        losses, kl = (bench.losses(settings, RUN, seeds, x) for x in ("final_loss", "final_kl"))
+        whole = losses[rows.index("Full hybrid")]
+        summary[name] = {
+            method: {
+                "loss": mean_interval(losses[i]),
+                "kl": mean_interval(kl[i]),
+                "loss_ratio_vs_full": ratio(losses[i], whole),
+            }
+            for i, method in enumerate(rows)
+        }
+    return {"tasks": summary, "seeds": seeds, "steps": RUN}
+
+
+#: study -> (function, default seeds, tasks, methods)
+STUDIES: dict[str, tuple[Any, int, list[str], list[str]]] = {
+    "convergence": (convergence, 5, list(TASKS), ["AdamW", "Muon"]),
+    "lr-sensitivity": (lr_sensitivity, 1, ["conversion", "scratch"], ["AdamW", "Full hybrid"]),
+    "quantization": (quantization, 3, ["scratch"], ["AdamW", "Full hybrid"]),
+    "overhead": (overhead, 3, ["conversion", "scratch"], ["AdamW", "Full hybrid"]),
+    "batch-size": (batch_size, 20, ["scratch_small"], ["Full hybrid"]),
+    "ablation": (ablation, 3, ["conversion", "scratch"], []),
+}
