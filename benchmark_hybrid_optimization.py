@@ -57,14 +57,33 @@ EVALUATION_WINDOWS = 512
 # ------------------------------------------------------------------------------------- one run
 
 
-def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int) -> dict[str, Any]:
+def at_once(share: float) -> float:
+    """The turn of a run that is alone: no waiting."""
+    return 0.0
+
+
+def run_once(
+    method: str,
+    flags: Sequence[str],
+    common: Sequence[str],
+    seed: int,
+    *,
+    turn: Callable[[float], float] = at_once,
+) -> dict[str, Any]:
     """One training run, all overheads (calibration, clustering, network) inside ``seconds``.
 
-    A run that diverges has final_loss inf.
+    A run that diverges has final_loss inf. turn is called after every epoch with the share of the
+    run that is done; the seconds that it waits, which it returns, are not the run's.
     """
     flags = [f for f in flags if f != "--cluster_batches"]
     if "--digits" in common:
-        return run_digits(flags, common, seed)
+        return run_digits(flags, common, seed, turn)
+    waited = 0.0
+
+    def after_epoch(share: float) -> None:
+        nonlocal waited
+        waited += turn(share)
+
     stdlib = sysconfig.get_paths()["stdlib"]
     words = [x.replace("{stdlib}", stdlib) for x in (*common, *flags)]
     started = time.perf_counter()
@@ -77,10 +96,11 @@ def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int
             lambda line: None,
             cluster_batches="--cluster_batches" in METHODS[method],
             bar=False,
+            after_epoch=after_epoch,
         )
     except RunFailed:
         return {**result, "final_loss": math.inf, "final_kl": math.inf, "curve": []}
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started - waited
     column = "val_loss_quantized" if setup.options.qat else "val_loss"
     windows = distillation.pick_windows(setup.corpus.validation, EVALUATION_WINDOWS)
     reference = distillation.logits_of(setup.teacher, windows, setup.device)
@@ -99,7 +119,9 @@ def run_once(method: str, flags: Sequence[str], common: Sequence[str], seed: int
     }
 
 
-def run_digits(flags: Sequence[str], common: Sequence[str], seed: int) -> dict[str, Any]:
+def run_digits(
+    flags: Sequence[str], common: Sequence[str], seed: int, turn: Callable[[float], float]
+) -> dict[str, Any]:
     """Not a language model: scikit-learn's digits, a three-layer perceptron, batches of 32.
     final_loss is the cross-entropy on 360 held-out images."""
     from sklearn.datasets import load_digits
@@ -119,7 +141,7 @@ def run_digits(flags: Sequence[str], common: Sequence[str], seed: int) -> dict[s
     setup: Any = SimpleNamespace(
         options=o, student=model, lr=lr, max_steps=steps, steps_per_epoch=STEPS_PER_EPOCH
     )
-    started = time.perf_counter()
+    started, waited = time.perf_counter(), 0.0
     manager = distillation.make_manager(setup) if o.hybrid else None
     baseline = [] if manager else distillation.make_baseline(setup)
     clusters = np.zeros(len(images) - 360, int)
@@ -138,7 +160,9 @@ def run_digits(flags: Sequence[str], common: Sequence[str], seed: int) -> dict[s
                 share = schedule_factor(t, steps, distillation.WARMUP_FRACTION, o.lr_schedule)
                 group["lr"] = group.setdefault("peak", group["lr"]) * share
             opt.step()
-    seconds = time.perf_counter() - started
+        if (t + 1) % STEPS_PER_EPOCH == 0:
+            waited += turn((t + 1) / steps)
+    seconds = time.perf_counter() - started - waited
     with distillation.averaged(baseline), torch.no_grad():
         final = float(nn.functional.cross_entropy(model(images[:360]), labels[:360]))
     final = final if math.isfinite(final) else math.inf

@@ -371,12 +371,17 @@ def teacher_loss(windows: np.ndarray, reference: list[torch.Tensor]) -> float:
 
 
 def train(
-    s: Setup, say: Callable[[str], None], *, cluster_batches: bool = False, bar: bool = True
+    s: Setup,
+    say: Callable[[str], None],
+    *,
+    cluster_batches: bool = False,
+    bar: bool = True,
+    after_epoch: Callable[[float], None] = lambda share: None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All epochs. Returns the metric rows (one an epoch) and the summary.
 
     cluster_batches gives a run without --hybrid the cluster-balanced batches (for comparisons);
-    bar shows progress on stderr.
+    bar shows progress on stderr; after_epoch is told what share of the run is done.
     """
     o = s.options
     everything = np.zeros(len(s.corpus.train), dtype=int)
@@ -452,6 +457,7 @@ def train(
             row["seconds"] = time.perf_counter() - started
             rows.append(row)
             say(epoch_line(epoch, row))
+            after_epoch((epoch + 1) / o.epochs)
     for opt in baseline:
         if hasattr(opt, "eval"):  # Schedule-Free: the weights to keep
             opt.eval()

@@ -10,10 +10,13 @@ import json
 import platform
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ from lowbit import __version__
 from lowbit.options import STEPS_PER_EPOCH
 
 RESAMPLES = 4000
+T = TypeVar("T")
 
 
 # -------------------------------------------------------------------------------- provenance
@@ -89,8 +93,9 @@ Setting = tuple[str, str, Sequence[str]]
 class Bench:
     """Runs of a study: what is in the log is not run again.
 
-    run_once(method, flags, task's flags, seed) -> what a run gave; methods: name -> flags. With
-    jobs > 1 run_once must be a function of a module, to be called in other processes.
+    run_once(method, flags, task's flags, seed) -> what a run gave, with turn=f as in `alternate`
+    where its time counts; methods: name -> flags. With jobs > 1 run_once must be a function of a
+    module, to be called in other processes.
     """
 
     def __init__(
@@ -98,7 +103,7 @@ class Bench:
         folder: Path,
         jobs: int,
         device: str,
-        run_once: Callable[[str, Sequence[str], Sequence[str], int], dict[str, Any]],
+        run_once: Callable[..., dict[str, Any]],
         methods: Mapping[str, Sequence[str]],
     ) -> None:
         self.folder, self.jobs, self.device = folder, jobs, device
@@ -112,12 +117,8 @@ class Bench:
         self, method: str, task: str, steps: int, seed: int, extra: Sequence[str] = ()
     ) -> dict[str, Any]:
         flags = [*task.split(), "--device", self.device, "--epochs", str(steps // STEPS_PER_EPOCH)]
-        return {
-            "method": method,
-            "seed": seed,
-            "task": flags,
-            "flags": [*self.methods[method], *extra],
-        }
+        words = [*self.methods[method], *extra]
+        return {"method": method, "seed": seed, "task": flags, "flags": words}
 
     def run(self, keys: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The records of ``keys``, in their order."""
@@ -159,14 +160,61 @@ class Bench:
         return np.array([r[column] for r in runs]).reshape(len(settings), seeds)
 
     def take_turns(self, sides: Sequence[tuple[Setting, int]], pairs: int) -> list[list[dict]]:
-        """For each side, a setting and its steps, a record a seed: runs whose times are compared,
-        one at a time on this machine, whatever --jobs."""
+        """For each side, a setting and its steps, a record a seed: runs whose times are compared.
+        Those of a seed run in one process, an epoch at a time (`alternate`), whatever --jobs, so
+        that a machine whose speed drifts is as fast for one as for the other."""
         runs: list[list[dict]] = [[] for _ in sides]
         for seed in range(pairs):
-            for ((method, task, extra), steps), side in zip(sides, runs, strict=True):
-                key = self.key(method, task, steps, seed, extra)
-                side += self.run([{**key, "purpose": "timing", "cpu": self.where["cpu"]}])
+            keys = [
+                {
+                    **self.key(method, task, steps, seed, extra),
+                    "purpose": "timing, turns an epoch long",
+                    "cpu": self.where["cpu"],
+                }
+                for (method, task, extra), steps in sides
+            ]
+            found = [self.log.find(k) for k in keys]
+            if None in found:
+                self.bar.total = (self.bar.total or 0) + len(keys)
+                self.bar.set_description(f"in turns, seed {seed}")
+                arguments = [(k["method"], k["flags"], k["task"], k["seed"]) for k in keys]
+                results = alternate([partial(self.run_once, *a) for a in arguments])
+                for k, result in zip(keys, results, strict=True):
+                    self._keep(k, result)
+            for side, record in zip(runs, self.run(keys), strict=True):
+                side.append(record)
         return runs
+
+
+def alternate(runs: Sequence[Callable[..., T]]) -> list[T]:
+    """Call every run in a thread of its own, one at a time.
+
+    Each is called with turn=f. When it calls f(share of it that is done) it waits while another
+    has done less; f returns the seconds that it waited. Returns what the runs returned; what one
+    of them raised is raised once all have ended.
+    """
+    shares = dict.fromkeys(range(len(runs)), 0.0)
+    changed = threading.Condition()
+
+    def one(me: int) -> T:
+        def turn(share: float) -> float:
+            started = time.perf_counter()
+            with changed:
+                shares[me] = share
+                changed.notify_all()
+                changed.wait_for(lambda: min(shares, key=lambda i: (shares[i], i)) == me)
+            return time.perf_counter() - started
+
+        try:
+            turn(0.0)
+            return runs[me](turn=turn)
+        finally:
+            with changed:
+                del shares[me]
+                changed.notify_all()
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return [f.result() for f in [pool.submit(one, i) for i in range(len(runs))]]
 
 
 # -------------------------------------------------------------------------------- statistics

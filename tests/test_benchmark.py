@@ -83,7 +83,7 @@ def law(monkeypatch):
     fast. Returns the list of runs done."""
     done = []
 
-    def run_once(method, flags, common, seed):
+    def run_once(method, flags, common, seed, turn=None):
         steps = 16 * int(option(common, "--epochs"))
         done.append((method, steps, seed, flags))
         loss = 1 + 100 / steps / (2 if method == "Full hybrid" else 1) + 0.001 * seed
@@ -123,7 +123,7 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     # One on either side of the first that reaches the target; then that one again, for the time.
     assert horizons == [176] * 3 + [160] * 3 + [128] * 3 + [144] * 3 + [160] * 3
     timed = [(method, steps) for method, steps, _, _ in law[-6:]]
-    assert timed == [("AdamW", 320), ("Full hybrid", 160)] * 3  # side by side
+    assert timed == [("AdamW", 320), ("Full hybrid", 160)] * 3  # in turns
     assert all(s == studies.TUNING_SEED for m, _, s, f in law if m == "AdamW" and "4" in f)
     folder = tmp_path / "convergence"
     assert {p.name for p in folder.iterdir()} == STUDY_FILES

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 
+from lowbit import study
 from lowbit.study import (
     RunLog,
     estimate,
@@ -80,3 +82,34 @@ def test_log_finds_runs_and_survives_a_killed_writer(tmp_path):
     assert log.find({**key, "seed": 1}) is None
     log.append({**key, "seed": 1, "loss": 3.0})
     assert [r["loss"] for r in RunLog(path).runs] == [1.0, 3.0]
+
+
+def test_runs_alternate_by_the_share_that_is_done():
+    """Two runs of 2 and 4 epochs: never both at once, and whoever has done less goes next."""
+    log: list[tuple[str, float]] = []
+
+    def run(name, epochs, turn):
+        for epoch in range(epochs):
+            log.append((name, epoch / epochs))
+            assert turn((epoch + 1) / epochs) >= 0
+        return name
+
+    runs = [partial(run, "short", 2), partial(run, "long", 4)]
+    assert study.alternate(runs) == ["short", "long"]
+    assert log == [
+        ("short", 0), ("long", 0), ("long", 0.25), ("short", 0.5), ("long", 0.5), ("long", 0.75),
+    ]  # fmt: skip
+
+
+def test_a_run_that_fails_leaves_the_other_its_turn():
+    def fail(turn):
+        raise ValueError("no")
+
+    def go_on(turn):
+        turn(0.5)
+        done.append(True)
+
+    done: list[bool] = []
+    with pytest.raises(ValueError, match="no"):
+        study.alternate([fail, go_on])
+    assert done == [True]
