@@ -497,30 +497,43 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 def inverse_square_root(gram: Tensor, damping: float) -> Tensor:
-    """(A + damping mean(eig) I)^(-1/2) of a symmetric positive semi-definite A (m, m).
+    """(A + damping mean(eig) I)^(-1/2) of symmetric positive semi-definite A (..., m, m).
 
     By eigenvalues on the CPU, by products alone elsewhere, where eigenvalues are slow and make
     the host wait.
     """
+    tiny = torch.finfo(gram.dtype).tiny
+    if gram.size(-1) == 1:
+        return (gram * (1 + damping) + tiny).rsqrt()
     if gram.device.type != "cpu":
         return newton_inverse_square_root(gram, damping)
     values, vectors = torch.linalg.eigh(gram)
     values = values.clamp_min(0)
-    values = values + damping * values.mean() + torch.finfo(gram.dtype).tiny
-    return (vectors * values.rsqrt()) @ vectors.mT
+    values = values + damping * values.mean(-1, keepdim=True) + tiny
+    return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
 
 
 def newton_inverse_square_root(gram: Tensor, damping: float, iterations: int = 24) -> Tensor:
     """`inverse_square_root` by the coupled Newton-Schulz iteration (Higham, Functions of
     Matrices, 2008, eq. 6.35). Needs damping > 0: an eigenvalue of 1e-5 of the norm takes 20."""
-    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    a = gram + (damping * gram.trace() / len(gram) + torch.finfo(gram.dtype).tiny) * eye
-    norm = torch.linalg.matrix_norm(a, math.inf)  # at least the largest eigenvalue
-    y, z = a / norm, eye
+    eye = torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    a = gram + (damping * mean + torch.finfo(gram.dtype).tiny) * eye
+    norm = torch.linalg.matrix_norm(a, math.inf, keepdim=True)  # at least the largest eigenvalue
+    y, z = a / norm, eye.expand_as(a)
     for _ in range(iterations):
         t = 1.5 * eye - 0.5 * (z @ y)
         y, z = y @ t, t @ z
     return z / norm.sqrt()
+
+
+def equal_blocks(side: int, at_most: int) -> int:
+    """The smallest number of equal blocks of ``side`` entries of which none has more than
+    ``at_most``."""
+    n = -(-side // at_most)
+    while side % n:
+        n += 1
+    return n
 
 
 def parameter_kind(name: str, p: Tensor, embeddings: set[int], head: int | None) -> str:
@@ -595,11 +608,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     Direction. Momentum M: the bias-corrected mean of gradients, with Nesterov's look-ahead. For a
     weight matrix (out, in) the linear model <M, D> is minimised in the metric learned from
-    gradients on the smaller side,
-    D = -(E[G G^T])^(-1/2) M: the one-sided Shampoo step (Gupta et al., arXiv 1802.09568; ASGO,
-    arXiv 2503.20762), whose noise-free limit is Muon's -polar(M); then the other side is
-    normalised by its running root mean squares (NorMuon, arXiv 2510.05491). Other parameters use
-    the diagonal metric, which is Adam (arXiv 1412.6980) with look-ahead (Dozat 2016).
+    gradients: D = -L^(-1/2) M R^(-1/2) with R = E[G^T G] and L = E[G R^(-1) G^T], R on the smaller
+    side. One side alone is ASGO's step (arXiv 2503.20762); both together whiten the gradient, as
+    Shampoo (Gupta et al., arXiv 1802.09568) does with roots of one joint estimate; the noise-free
+    limit is Muon's -polar(M). L is kept in blocks of at most OUTER_BLOCK rows, R of at most
+    largest_block. Other parameters use the diagonal metric, which is Adam (arXiv 1412.6980) with
+    look-ahead (Dozat 2016).
 
     Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
     square of the proposed entries is up to 2 % of the weights' in the diagonal metric, and in a
@@ -615,8 +629,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
     metric_decay (of the diagonal metric), matrix_metric_decay, weight_decay (decoupled; below 6e-8
     of a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
-    the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), product_dtype (of
-    the metric's two matrix products a step; None: bfloat16 where `native_bfloat16`, else float32),
+    the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), largest_block,
+    product_dtype (of the metric's products; None: bfloat16 where `native_bfloat16`, else float32),
     kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
     active_share) is read from the first group that has a gradient. Raises RuntimeError for sparse
     or complex gradients.
@@ -627,6 +641,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     RELATIVE_GAIN = 20.0  # lr 1e-3 -> 2 % of the weights' root mean square
     VECTOR_GAIN = 3.0  # entries of vectors move by at most 3 lr
     WHITENED_GAIN = 0.6  # of a square matrix's step, against one of the diagonal metric
+    OUTER_BLOCK = 128  # rows of the metric of a matrix's larger side
     SETTLED = 16  # roots are at most 2 + t / SETTLED steps old at step t
 
     # On the class, because a copy of an optimiser has its groups and states only.
@@ -649,6 +664,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         use_matrix_geometry: bool = True,
         refresh_every: int = 10,
         damping: float = 0.1,
+        largest_block: int = 1024,
         product_dtype: torch.dtype | None = None,
         active_share: float = 0.3,
     ) -> None:
@@ -664,6 +680,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             use_matrix_geometry=use_matrix_geometry,
             refresh_every=refresh_every,
             damping=damping,
+            largest_block=largest_block,
             product_dtype=product_dtype,
             active_share=active_share,
             kind=None,
@@ -961,42 +978,45 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             return d, 1.0, torch.linalg.vector_norm(d)
 
         decay = group["matrix_metric_decay"]
-        g, ahead = g.reshape(len(g), -1), ahead.reshape(len(g), -1)
         # Half the precision is no loss: these are statistics of a few noisy gradients.
         dtype = group["product_dtype"]
         if dtype is None:
             dtype = torch.bfloat16 if native_bfloat16(g.device) else torch.float32
-        g, ahead = g.to(dtype), ahead.to(dtype)
-        left = g.shape[0] < g.shape[1]  # the smaller side; of a square matrix the inputs' side
-        product = (g @ g.mT if left else g.mT @ g).float()
-        if "gram" not in state:
-            state["gram"] = torch.zeros_like(product)
-        follow(state["gram"], product, 1 - decay)
+        g, ahead = (x.reshape(len(x), -1).to(dtype) for x in (g, ahead))
+        wide = g.shape[0] < g.shape[1]
+        if wide:
+            g, ahead = g.mT, ahead.mT
+        large, small = g.shape
+        inner = equal_blocks(small, group["largest_block"])
+        outer = equal_blocks(large, min(small, self.OUTER_BLOCK))
         # The metric changes fast at first: roots that are a few steps old cost steps there, and
         # only there (EXPERIMENTS.md).
         every = min(group["refresh_every"], max(2, t // self.SETTLED))
-        if "root" not in state or t in (2, 4) or (t + order) % every == 0:
-            gram = state["gram"] / (1 - decay**t)
-            state["root"] = inverse_square_root(gram, group["damping"])
-        root = state["root"].to(dtype)
-        d = (root @ ahead if left else ahead @ root).float()
+        due = t in (2, 4) or (t + order) % every == 0
 
-        # The other side: each column (row) divided by its running root mean square, and the whole
-        # brought back to the length it had.
-        size = torch.linalg.vector_norm(d, dim=0 if left else 1, keepdim=True)
-        if "other" not in state:
-            state["other"] = torch.zeros_like(size)
-        follow(state["other"], size * size, 1 - decay)
-        weight = state["other"].clamp_min(1e-30).rsqrt()
-        length = torch.linalg.vector_norm(size)
-        weight *= length / torch.linalg.vector_norm(size * weight).clamp_min(1e-30)
-        # Of the same size as Adam's entries, times WHITENED_GAIN and the root of the aspect ratio:
-        # wide matrices bear longer steps than square ones (EXPERIMENTS.md).
-        small, large = sorted(g.shape)
+        def root(name: str, product: Tensor) -> Tensor:
+            """Of the running mean of products (blocks, m, m): its inverse square root."""
+            if name not in state:
+                state[name] = torch.zeros_like(product, dtype=torch.float32)
+            follow(state[name], product.float(), 1 - decay)
+            if due or f"{name}_root" not in state:
+                gram = state[name] / (1 - decay**t)
+                state[f"{name}_root"] = inverse_square_root(gram, group["damping"]).to(dtype)
+            return state[f"{name}_root"].to(dtype)
+
+        # The smaller side (of a square matrix the inputs' side), then the other of what is left.
+        g, ahead = (x.reshape(large, inner, -1).transpose(0, 1) for x in (g, ahead))
+        whiten = root("inner", g.mT @ g)
+        g, ahead = ((x @ whiten).transpose(0, 1).reshape(outer, -1, small) for x in (g, ahead))
+        d = (root("outer", g @ g.mT) @ ahead).float()
+        # Of the length of the first side's step, which is short where gradients disagree; of the
+        # size of Adam's entries, times WHITENED_GAIN and the root of the aspect ratio: wide
+        # matrices bear longer steps than square ones (EXPERIMENTS.md).
         gain = factor * self.WHITENED_GAIN * math.sqrt(large * min(large / small, 4.0))
-        if p.ndim == 2:
-            return d, weight.mul_(gain), length * gain
-        return d.mul_(weight.mul_(gain)).view(p.shape), 1.0, length * gain
+        length = torch.linalg.vector_norm(ahead, dtype=torch.float32) * gain
+        scale = length / torch.linalg.vector_norm(d).clamp_min(1e-30)
+        d = d.view(large, small)
+        return (d.mT if wide else d).reshape(p.shape), scale, length
 
 
 # -------------------------------------------------------------------------------- the manager

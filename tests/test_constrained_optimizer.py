@@ -15,6 +15,7 @@ from toys import backward, digits, make_net, same
 
 from hybrid_optimization import (
     ConstrainedOptimizer,
+    equal_blocks,
     inverse_square_root,
     named_kinds,
     native_bfloat16,
@@ -71,30 +72,53 @@ def test_fixed_radius_stays():
     assert opt.radii().tolist() == pytest.approx([0.02])
 
 
-def reference_direction(grads: list[np.ndarray], beta: float, decay: float, damping: float):
-    """float64 twin of the matrix direction with the root refreshed at every step."""
-    left = grads[0].shape[0] < grads[0].shape[1]
-    mean = np.zeros_like(grads[0])
-    gram = other = 0.0
+def reference_root(gram: np.ndarray, damping: float) -> np.ndarray:
+    values, vectors = np.linalg.eigh(gram)
+    return (vectors / np.sqrt(values + damping * values.mean())) @ vectors.T
+
+
+def reference_direction(grads: list[np.ndarray], block: int, beta=0.9, decay=0.9, damping=0.1):
+    """float64 twin of the matrix direction with roots refreshed at every step; block: rows of the
+    larger side's metric."""
+    if grads[0].shape[0] < grads[0].shape[1]:
+        return reference_direction([g.T for g in grads], block, beta, decay, damping).T
+    large, small = grads[0].shape
+    parts = [slice(i, i + block) for i in range(0, large, block)]
+    mean = inner = np.zeros(())
+    outer = [np.zeros(())] * len(parts)
     for t, g in enumerate(grads, 1):
         mean = beta * mean + (1 - beta) * g
-        gram = decay * gram + (1 - decay) * (g @ g.T if left else g.T @ g)
-        values, vectors = np.linalg.eigh(gram / (1 - decay**t))
-        root = (vectors / np.sqrt(values + damping * values.mean())) @ vectors.T
-        ahead = beta * mean / (1 - beta**t) + (1 - beta) * g
-        # The normalising statistics see the look-ahead without its bias correction.
-        factor = beta / (1 - beta**t)
-        d = root @ ahead if left else ahead @ root
-        size = np.sqrt((d**2).sum(0 if left else 1, keepdims=True))
-        other = decay * other + (1 - decay) * (size / factor) ** 2
-    shaped = d / np.sqrt(other)
-    shaped *= np.linalg.norm(d) / np.linalg.norm(shaped)
-    small, large = sorted(mean.shape)
-    return shaped * 0.6 * math.sqrt(large * min(large / small, 4))
+        inner = decay * inner + (1 - decay) * (g.T @ g)
+        root = reference_root(inner / (1 - decay**t), damping)
+        half = g @ root
+        outer = [
+            decay * x + (1 - decay) * (half[p] @ half[p].T)
+            for x, p in zip(outer, parts, strict=True)
+        ]
+    ahead = (beta * mean / (1 - beta**t) + (1 - beta) * g) @ root
+    d = np.concatenate(
+        [
+            reference_root(x / (1 - decay**t), damping) @ ahead[p]
+            for x, p in zip(outer, parts, strict=True)
+        ]
+    )
+    d *= np.linalg.norm(ahead) / np.linalg.norm(d)
+    return d * 0.6 * math.sqrt(large * min(large / small, 4))
 
 
-@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
-def test_matrix_step_equals_its_float64_twin(shape):
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [
+        ((6, 6), 6),
+        ((4, 8), 4),
+        ((8, 4), 4),
+        ((4, 9), 3),
+        ((7, 4), 1),
+        ((256, 8), 8),
+        ((150, 140), 75),
+    ],
+)
+def test_matrix_step_equals_its_float64_twin(shape, block):
     rng = np.random.default_rng(0)
     w = rng.normal(size=shape)
     p = nn.Parameter(torch.tensor(w, dtype=torch.float32))
@@ -107,7 +131,7 @@ def test_matrix_step_equals_its_float64_twin(shape):
         grads.append(g)
         p.grad = torch.tensor(g, dtype=torch.float32)
         opt.step()
-        d = reference_direction(grads, 0.9, 0.9, 0.1)
+        d = reference_direction(grads, block)
         w = w - 1e-3 * 20 * np.sqrt((w**2).mean()) * d
         np.testing.assert_allclose(p.detach().numpy(), w, rtol=1e-4, atol=1e-5)
 
@@ -159,6 +183,8 @@ def test_roots_are_fresh_at_first_and_cheap_later(monkeypatch):
     for _ in range(300):
         p.grad = torch.randn(4, 6)
         opt.step()
+    assert due == sorted([*set(due), *set(due)])  # both sides at once
+    due = sorted(set(due))
     assert due[0] == 1
     gaps = np.diff(due)
     assert (gaps <= np.minimum(2 + np.array(due[1:]) // 16, 10)).all()
@@ -191,22 +217,33 @@ def test_vectors_step_as_adam_with_look_ahead():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_whitening_of_one_gradient_is_its_polar_factor():
-    """Without noise and damping the whitened gradient is sqrt(n) times the orthogonal polar factor;
-    the other side's normalisation then equalises its columns and keeps its length."""
+def polar(g: torch.Tensor) -> torch.Tensor:
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    return u @ vh
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (8, 5), (5, 8)])
+def test_whitening_of_one_gradient_is_its_polar_factor(shape):
+    """Without noise and damping the step is sqrt(n) times the orthogonal polar factor; blocks of
+    the larger side (two of four) become polar factors of their own, and the length stays."""
     torch.manual_seed(0)
-    g = torch.randn(5, 8)
-    p = nn.Parameter(torch.ones(5, 8))
+    g = torch.randn(shape)
+    p = nn.Parameter(torch.ones(shape))
     opt = ConstrainedOptimizer(
         [p], lr=0.05, damping=0.0, use_trust_region=False, product_dtype=torch.float32
     )
     p.grad = g
     opt.step()
-    u, _, vh = torch.linalg.svd(g, full_matrices=False)
-    polar = 0.6 * math.sqrt(8 * 8 / 5) * (u @ vh)
-    equal = polar / torch.linalg.vector_norm(polar, dim=0)
-    equal *= torch.linalg.vector_norm(polar) / torch.linalg.vector_norm(equal)
-    torch.testing.assert_close(1 - p.detach(), equal, rtol=1e-3, atol=1e-4)
+    whole = polar(g)
+    expected = whole
+    if shape != (5, 5):
+        tall = whole if shape == (8, 5) else whole.mT
+        blocks = torch.cat([polar(tall[:4]), polar(tall[4:])])
+        blocks *= torch.linalg.vector_norm(whole) / torch.linalg.vector_norm(blocks)
+        expected = blocks if shape == (8, 5) else blocks.mT
+    small, large = sorted(shape)
+    expected = 0.6 * math.sqrt(large * large / small) * expected
+    torch.testing.assert_close(1 - p.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_inverse_square_root():
@@ -216,6 +253,17 @@ def test_inverse_square_root():
     root = inverse_square_root(gram, 0.0)
     torch.testing.assert_close(root @ gram @ root, torch.eye(6, dtype=torch.float64))
     assert torch.isfinite(inverse_square_root(torch.zeros(3, 3), 1e-2)).all()
+    batch = torch.stack([gram, 3 * gram])
+    for root_of in (inverse_square_root, newton_inverse_square_root):
+        roots = root_of(batch, 0.1)
+        torch.testing.assert_close(roots, torch.stack([root_of(x, 0.1) for x in batch]))
+    one = torch.tensor([[[4.0]], [[0.0]]])
+    torch.testing.assert_close(inverse_square_root(one, 0.0)[0], torch.tensor([[0.5]]))
+
+
+@pytest.mark.parametrize(("side", "at_most", "n"), [(8, 8, 1), (9, 4, 3), (7, 4, 7), (512, 128, 4)])
+def test_equal_blocks(side, at_most, n):
+    assert equal_blocks(side, at_most) == n
 
 
 @pytest.mark.parametrize("spread", [0, 2, 6])
@@ -489,7 +537,7 @@ def test_the_way_of_a_gpu_is_the_same_step():
     same(model.state_dict(), before[0])
     for key, state in opt.state_dict()["state"].items():
         for name, value in state.items():
-            if name not in ("step", "taken", "root"):
+            if name not in ("step", "taken", "inner_root", "outer_root"):
                 torch.testing.assert_close(value, before[1][key][name], rtol=0, atol=0)
 
 
