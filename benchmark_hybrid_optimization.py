@@ -127,7 +127,8 @@ def run_digits(
     from sklearn.datasets import load_digits
 
     o = parse_options([*(f for f in (*common, *flags) if f != "--digits"), "--seed", str(seed)])
-    o.student_init, o.use_matrix_geometry = "random", o.use_matrix_geometry is not False
+    o.student_init = "random"
+    distillation.settle_by_start(o)
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
     images = torch.tensor(x[order] / 16, dtype=torch.float32)
@@ -136,10 +137,9 @@ def run_digits(
     model = nn.Sequential(
         nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 10)
     )
-    lr = o.lr or distillation.DEFAULT_LR[o.method]["random"]
     steps = STEPS_PER_EPOCH * o.epochs
     setup: Any = SimpleNamespace(
-        options=o, student=model, lr=lr, max_steps=steps, steps_per_epoch=STEPS_PER_EPOCH
+        options=o, student=model, lr=o.lr, max_steps=steps, steps_per_epoch=STEPS_PER_EPOCH
     )
     started, waited = time.perf_counter(), 0.0
     manager = distillation.make_manager(setup) if o.hybrid else None
@@ -167,7 +167,7 @@ def run_digits(
         final = float(nn.functional.cross_entropy(model(images[:360]), labels[:360]))
     final = final if math.isfinite(final) else math.inf
     return {
-        "lr": lr, "steps": steps, "final_loss": final, "final_kl": final, "curve": [],
+        "lr": o.lr, "steps": steps, "final_loss": final, "final_kl": final, "curve": [],
         "seconds": seconds, "step_seconds": seconds / steps,
     }  # fmt: skip
 

@@ -37,7 +37,7 @@ from lowbit.checkpoint import prepare_folder, save_float32
 from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
 from lowbit.generate import generate
 from lowbit.losses import distillation_terms, hidden_state_loss
-from lowbit.options import DEFAULT_LR, STEPS_PER_EPOCH, parse_options
+from lowbit.options import DEFAULT_LR, HYBRID_DECAY, STEPS_PER_EPOCH, parse_options
 from lowbit.packing import load_packed, save_packed
 from lowbit.quantization import count_flips, latent, quantize_model, snapshot_codes
 from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
@@ -83,6 +83,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def settle_by_start(o: argparse.Namespace) -> None:
+    """Fill in what was not given and depends on whether the student starts from its teacher."""
+    if o.lr is None:
+        o.lr = DEFAULT_LR[o.method][o.student_init]
+    if o.weight_decay is None:
+        o.weight_decay = HYBRID_DECAY[o.student_init] if o.hybrid else 0.01
+    if o.use_matrix_geometry is None:  # it does not pay in a conversion: EXPERIMENTS.md
+        o.use_matrix_geometry = o.student_init == "random"
+
+
 def make_student(o: argparse.Namespace, teacher: CausalLM) -> CausalLM:
     """The student in float, started as asked; quantisers are added by `set_up`."""
     shape = teacher.config.to_dict()
@@ -97,8 +107,7 @@ def make_student(o: argparse.Namespace, teacher: CausalLM) -> CausalLM:
             f"--student_init teacher needs the teacher's shape; --student_size {o.student_size} "
             "differs (use --student_init random)"
         )
-    if o.use_matrix_geometry is None:  # it does not pay in a conversion: EXPERIMENTS.md
-        o.use_matrix_geometry = o.student_init == "random"
+    settle_by_start(o)
     converts = o.student_init == "teacher" or not o.qat
     if o.calibrate and not converts:
         raise UserError("--calibrate with --qat needs --student_init teacher: nothing to round yet")
@@ -161,9 +170,8 @@ def set_up(o: argparse.Namespace) -> Setup:
         if o.calibrate:
             ids, _ = batch_of(calibration_windows(o, corpus), device)
             calibrate(student, teacher.to(device), ids)
-    lr = o.lr if o.lr is not None else DEFAULT_LR[o.method][o.student_init]
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
-    return Setup(o, device, tokenizer, corpus, teacher.to(device), student, per_epoch, lr)
+    return Setup(o, device, tokenizer, corpus, teacher.to(device), student, per_epoch, o.lr)
 
 
 # ---------------------------------------------------------------------------------- optimisers

@@ -1368,12 +1368,12 @@ class HybridOptimizationManager:
                         int(x) for (_, _, k), x in zip(named, labels, strict=True) if k == kind
                     ],
                     "kind": kind,
+                    "weight_decay": c.weight_decay if kind in ("matrix", "head") else 0.0,
                 }
                 for kind in dict.fromkeys(k for _, _, k in named)
             ],
             lr=c.base_learning_rate,
             momentum=c.momentum,
-            weight_decay=c.weight_decay,
             initial_radius=c.initial_trust_radius,
             adapt_radius=c.trust_radius_adaptation,
             use_trust_region=c.use_trust_region,

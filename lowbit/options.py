@@ -21,6 +21,8 @@ DEFAULT_LR = {
     "schedulefree": {"teacher": 1e-3, "random": 4e-3},
     "prodigy": {"teacher": 1.0, "random": 1.0},
 }
+#: Decoupled weight decay of the hybrid where --weight_decay is not given, by start of the student.
+HYBRID_DECAY = {"teacher": 1e-5, "random": 0.3}
 STEPS_PER_EPOCH = 16
 
 
@@ -142,7 +144,8 @@ def make_parser() -> Parser:
     g.add_argument(
         "--weight_decay",
         type=_number(float, 0),
-        help="decoupled, a step and unit of lr (default 1e-5 hybrid, 0.01 otherwise)",
+        help="decoupled, a step and unit of lr (default 0.01; hybrid, matrices only: 0.3 from "
+        "scratch, 1e-5 from the teacher)",
     )
     g.add_argument(
         "--lr_schedule",
@@ -276,8 +279,6 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
     o.method = "hybrid" if o.hybrid else o.optimizer or "adamw"
     o.mode = "ternary" if o.ternary else "1bit"
-    if o.weight_decay is None:
-        o.weight_decay = 1e-5 if o.hybrid else 0.01
     o.save_metrics = o.save_metrics or o.metrics_out is not None
     if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):
         raise UserError(f"--metrics_out {o.metrics_out}: the name must end in .csv")

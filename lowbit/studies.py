@@ -73,6 +73,7 @@ TASKS: dict[str, Task] = {
     "digits": Task("--digits", 192, FROM_SCRATCH),
 }
 TIMED_PAIRS = 3
+DECAYS = (0.01, 0.1, 0.3, 1.0)  # what tuning tries, while it helps
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 FIRST = 0.56  # of the baseline's steps, where the search for the horizon starts
 
@@ -82,29 +83,45 @@ FIRST = 0.56  # of the baseline's steps, where the search for the horizon starts
 
 def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
     """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
-    is interior, then the other schedules at that rate. One seed, which no result uses."""
+    is interior, the other schedules at that rate, then more weight decay while it helps. One seed,
+    which no result uses."""
+    table: list[dict[str, Any]] = []
 
-    def losses(trials: Sequence[tuple[float, str]]) -> list[float]:
-        flags = [["--lr", f"{rate:g}", "--lr_schedule", schedule] for rate, schedule in trials]
-        keys = [bench.key(method, task.flags, task.steps, TUNING_SEED, f) for f in flags]
+    def losses(trials: Sequence[tuple[float, str, float]]) -> list[float]:
+        keys = [
+            bench.key(method, task.flags, task.steps, TUNING_SEED, tuned_flags(*trial))
+            for trial in trials
+        ]
         found = [r["final_loss"] for r in bench.run(keys)]
-        for (rate, schedule), loss in zip(trials, found, strict=True):
-            table.append({"lr": rate, "schedule": schedule, "loss": loss})
+        for (rate, schedule, decay), loss in zip(trials, found, strict=True):
+            table.append({"lr": rate, "schedule": schedule, "weight_decay": decay, "loss": loss})
         return found
 
-    table: list[dict[str, Any]] = []
+    decay, *stronger = DECAYS
     start = task.rates[method]
     rates = [start / 2, start, start * 2]
-    found = dict(zip(rates, losses([(r, "linear") for r in rates]), strict=True))
+    found = dict(zip(rates, losses([(r, "linear", decay) for r in rates]), strict=True))
     while (best := min(found, key=found.__getitem__)) in (min(found), max(found)):
         if len(found) > 7:
             break
         further = best / 2 if best == min(found) else best * 2
-        (found[further],) = losses([(further, "linear")])
-    others = losses([(best, "cosine"), (best, "wsd")])
+        (found[further],) = losses([(further, "linear", decay)])
+    others = losses([(best, "cosine", decay), (best, "wsd", decay)])
     schedules = dict(zip(("linear", "cosine", "wsd"), (found[best], *others), strict=True))
     schedule = min(schedules, key=schedules.__getitem__)
-    return ["--lr", f"{best:g}", "--lr_schedule", schedule], table
+    lowest = schedules[schedule]
+    for more in stronger:
+        (loss,) = losses([(best, schedule, more)])
+        if loss >= lowest:
+            break
+        decay, lowest = more, loss
+    return tuned_flags(best, schedule, decay), table
+
+
+def tuned_flags(rate: float, schedule: str, decay: float) -> list[str]:
+    """Flags of a trial. The weakest decay is distillation.py's default and is left out."""
+    more = [] if decay == DECAYS[0] else ["--weight_decay", f"{decay:g}"]
+    return ["--lr", f"{rate:g}", "--lr_schedule", schedule, *more]
 
 
 # ------------------------------------------------------------------------------------- studies

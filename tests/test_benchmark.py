@@ -79,8 +79,8 @@ def option(words: list[str], name: str, default: str = "") -> str:
 
 @pytest.fixture
 def law(monkeypatch):
-    """Runs by formula: AdamW is best at rate 2 with the cosine schedule, the hybrid is twice as
-    fast. Returns the list of runs done."""
+    """Runs by formula: AdamW is best at rate 2, decay 0.1, with the cosine schedule, the hybrid is
+    twice as fast. Returns the list of runs done."""
     done = []
 
     def run_once(method, flags, common, seed, turn=None):
@@ -90,6 +90,7 @@ def law(monkeypatch):
         if "--lr" in flags and method != "Full hybrid":
             loss += abs(math.log2(float(option(flags, "--lr")) / 2))
             loss += 0.1 * (option(flags, "--lr_schedule", "linear") != "cosine")
+            loss += 0.01 * abs(float(option(flags, "--weight_decay", "0.01")) - 0.1)
         return {
             "final_loss": loss, "final_kl": loss / 10, "seconds": steps / 10, "step_seconds": 0.1,
             "curve": [(16, 5.0), (steps, loss)],
@@ -113,7 +114,9 @@ STUDY_FILES = {"README.md", "runs.jsonl", "summary.json", "summary.png"}
 def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_path, capsys):
     entry = study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW")
     tuning = entry["tuning"]["AdamW"]
-    assert tuning["chosen"] == ["--lr", "2", "--lr_schedule", "cosine"]
+    best = ["--lr", "2", "--lr_schedule", "cosine", "--weight_decay", "0.1"]
+    assert tuning["chosen"] == best
+    assert [r["weight_decay"] for r in tuning["table"]][-2:] == [0.1, 0.3]
     rates = [r["lr"] for r in tuning["table"] if r["schedule"] == "linear"]
     assert min(rates) < 2 < max(rates)
     assert entry["steps_ratio_vs_adamw"]["value"] == 0.5

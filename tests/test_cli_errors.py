@@ -363,14 +363,31 @@ def test_a_bare_boolean_is_true(name: str) -> None:
 def test_defaults() -> None:
     """What is not given is filled in, by method where it depends on it."""
     plain, hybrid = parse_options([]), parse_options(["--hybrid", "--ternary", "--batch_size=4"])
-    assert (plain.method, plain.mode, plain.weight_decay) == ("adamw", "1bit", 0.01)
-    assert (hybrid.method, hybrid.mode, hybrid.weight_decay) == ("hybrid", "ternary", 1e-5)
+    assert (plain.method, plain.mode) == ("adamw", "1bit")
+    assert (hybrid.method, hybrid.mode) == ("hybrid", "ternary")
     assert {n: getattr(hybrid, n) for n in HYBRID_DEFAULTS} == HYBRID_DEFAULTS
     assert hybrid.samples_per_epoch is None  # until the text is known
     assert parse_options(["--samples_per_epoch=0"]).samples_per_epoch == 0
     assert parse_options(["--optimizer=muon"]).method == "muon"
     assert not plain.save_metrics
     assert parse_options(["--metrics_out=m.csv"]).save_metrics
+
+
+@pytest.mark.parametrize(
+    ("flags", "start", "expected"),
+    [
+        (["--hybrid"], "teacher", (3e-4, 1e-5, False)),
+        (["--hybrid"], "random", (7e-3, 0.3, True)),
+        ([], "random", (4e-3, 0.01, True)),
+        (["--hybrid", "--lr=1", "--weight_decay=0"], "random", (1, 0, True)),
+        (["--hybrid", "--use_matrix_geometry"], "teacher", (3e-4, 1e-5, True)),
+    ],
+)
+def test_defaults_that_depend_on_the_start(flags, start, expected) -> None:
+    o = parse_options(flags)
+    o.student_init = start
+    distillation.settle_by_start(o)
+    assert (o.lr, o.weight_decay, o.use_matrix_geometry) == expected
 
 
 def test_switching_off_what_is_off_is_no_contradiction() -> None:
