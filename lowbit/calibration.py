@@ -17,7 +17,8 @@ Shapes: N tokens, I inputs, O outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -105,33 +106,59 @@ def latent_weights(
     return latent * (scale / kept.clamp_min(1e-12))
 
 
-class _Record:
-    """Inputs and outputs of modules during a forward pass, as (N, I) and (N, O)."""
+class _Reached(Exception):
+    """All inputs that were asked for have been seen."""
 
-    def __init__(self, modules: dict[str, nn.Module]) -> None:
-        self.inputs: dict[str, torch.Tensor] = {}
-        self.outputs: dict[str, torch.Tensor] = {}
-        self._handles = [m.register_forward_hook(self._hook(n)) for n, m in modules.items()]
 
-    def _hook(self, name: str):
-        def hook(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            self.inputs[name] = inputs[0].flatten(0, -2)
-            self.outputs[name] = output.flatten(0, -2)
+def _inputs(block: nn.Module, names: Iterable[str], *args: object) -> list[torch.Tensor]:
+    """What the named modules of a block read when it is called, as (N, I) each. The rest of the
+    block is not computed."""
+    modules = dict(block.named_modules())
+    seen: dict[str, torch.Tensor] = {}
+    names = list(names)
 
-        return hook
+    def hook(name: str):
+        def note(module: nn.Module, inputs: tuple) -> None:
+            seen[name] = inputs[0].flatten(0, -2)
+            if len(seen) == len(names):
+                raise _Reached
 
-    def __enter__(self) -> _Record:
-        return self
+        return note
 
-    def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
+    handles = [modules[n].register_forward_pre_hook(hook(n)) for n in names]
+    try:
+        block(*args)
+    except _Reached:
+        pass
+    finally:
+        for handle in handles:
             handle.remove()
+    return [seen[n] for n in names]
 
 
-def _calibrate_layer(layer: QATLinear, x: torch.Tensor, y: torch.Tensor) -> None:
-    """Inputs x (N, I) and wanted outputs y (N, O) -> new latent weights, in place."""
+@contextmanager
+def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside, what modules give is noted, as (N, O)."""
+    found: dict[str, torch.Tensor] = {}
+
+    def hook(name: str):
+        def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+            found[name] = output.flatten(0, -2)
+
+        return note
+
+    handles = [m.register_forward_hook(hook(n)) for n, m in modules.items()]
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def _calibrate_layer(
+    layer: QATLinear, x: torch.Tensor, moment: torch.Tensor, y: torch.Tensor
+) -> None:
+    """Inputs x (N, I), their second moment (I, I) and wanted outputs y (N, O) -> new latent
+    weights, in place."""
     w = layer.weight.data
-    moment = x.mT @ x / len(x)
     ridge = moment.clone()
     ridge.diagonal().add_(RIDGE * ridge.diagonal().mean().clamp_min(1e-12))
     fitted = w + torch.linalg.solve(ridge, x.mT @ (y - x @ w.mT) / len(x)).mT
@@ -155,7 +182,7 @@ def calibrate(student: CausalLM, teacher: CausalLM, ids: torch.Tensor) -> Causal
     plain = {n: m for n, m in teacher.model.layers.named_modules() if n.endswith(sum(STAGES, ()))}
     if not any(isinstance(m, QATLinear) for m in student.modules()):
         raise ValueError("calibrate: the student has no low-bit layers")
-    with _Record(plain) as target:
+    with _outputs(plain) as target:
         after = [h.flatten(0, 1) for h in teacher(ids).hidden_states]  # (N, C) a block
     before = teacher.model.embed_tokens(ids).flatten(0, 1)  # the teacher's residual stream
     x = student.model.embed_tokens(ids)
@@ -163,18 +190,21 @@ def calibrate(student: CausalLM, teacher: CausalLM, ids: torch.Tensor) -> Causal
     for i, block in enumerate(layers):
         modules = dict(block.named_modules())
         for stage in STAGES:
-            watched = {n: modules[n] for n in (*stage, "post_attention_layernorm")}
-            with _Record(watched) as seen:
-                block(x, cos, sin, None)
+            # The stream before the MLP, too, where the stage is what writes to it.
+            names = [stage[0]]
+            if stage == ("mlp.down_proj",):
+                names.insert(0, "post_attention_layernorm")
+            *stream, read = _inputs(block, names, x, cos, sin, None)
+            moment = read.mT @ read / len(read)
             for name in stage:
-                wanted = target.outputs[f"{i}.{name}"]
+                wanted = target[f"{i}.{name}"]
                 if name == "self_attn.o_proj":
                     wanted = before + wanted - x.flatten(0, 1)
                 elif name == "mlp.down_proj":
-                    wanted = after[i] - seen.inputs["post_attention_layernorm"]
+                    wanted = after[i] - stream[0]
                 layer = modules[name]
                 assert isinstance(layer, QATLinear)
-                _calibrate_layer(layer, seen.inputs[name], wanted)
+                _calibrate_layer(layer, read, moment, wanted)
         before = after[i]
         x = block(x, cos, sin, None)[0]
     return student

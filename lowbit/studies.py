@@ -75,7 +75,7 @@ TASKS: dict[str, Task] = {
 TIMED_PAIRS = 3
 DECAYS = (0.01, 0.1, 0.3, 1.0)  # what tuning tries, while it helps
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
-FIRST = 0.56  # of the baseline's steps, where the search for the horizon starts
+FIRST = 0.5  # of the baseline's steps, where the search for the horizon starts
 
 
 # ------------------------------------------------------------------------------------- tuning
