@@ -1005,9 +1005,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             return state[f"{name}_root"].to(dtype)
 
         # The smaller side (of a square matrix the inputs' side), then the other of what is left.
-        g, ahead = (x.reshape(large, inner, -1).transpose(0, 1) for x in (g, ahead))
+        if inner > 1:
+            g, ahead = (x.reshape(large, inner, -1).transpose(0, 1) for x in (g, ahead))
         whiten = root("inner", g.mT @ g)
-        g, ahead = ((x @ whiten).transpose(0, 1).reshape(outer, -1, small) for x in (g, ahead))
+        g, ahead = g @ whiten, ahead @ whiten
+        if inner > 1:
+            g, ahead = (x.transpose(0, 1) for x in (g, ahead))
+        g, ahead = (x.reshape(outer, -1, small) for x in (g, ahead))
         d = (root("outer", g @ g.mT) @ ahead).float()
         # Of the length of the first side's step, which is short where gradients disagree; of the
         # size of Adam's entries, times WHITENED_GAIN and the root of the aspect ratio: wide
