@@ -205,7 +205,8 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
 
 
 def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
-    """Published optimisers. Muon takes the blocks' matrices, AdamW the rest at a fifth of lr."""
+    """Published optimisers. Muon takes the blocks' matrices, in steps of AdamW's size, so that
+    AdamW takes the rest at the same rate."""
     o = s.options
     named = named_kinds(s.student)
     matrices = [p for _, p, kind in named if kind == "matrix"]
@@ -217,7 +218,7 @@ def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
     if o.method == "muon":
         return [
             torch.optim.Muon(matrices, s.lr, adjust_lr_fn="match_rms_adamw", **decay),
-            torch.optim.AdamW(rest, s.lr / 5, betas=(0.9, 0.95), **decay),
+            torch.optim.AdamW(rest, s.lr, betas=(0.9, 0.95), **decay),
         ]
     try:
         if o.method == "schedulefree":  # its own warm-up would be a second one

@@ -26,6 +26,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -527,6 +528,7 @@ def newton_inverse_square_root(gram: Tensor, damping: float, iterations: int = 2
     return z / norm.sqrt()
 
 
+@lru_cache
 def equal_blocks(side: int, at_most: int) -> int:
     """The smallest number of equal blocks of ``side`` entries of which none has more than
     ``at_most``."""
