@@ -7,14 +7,15 @@ seed means the same initial weights and the same order of the data.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import platform
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from lowbit import __version__
 from lowbit.options import STEPS_PER_EPOCH
 
 RESAMPLES = 4000
+START_METHOD = "spawn"  # of processes that take turns; a fork may not use OpenMP again
 T = TypeVar("T")
 
 
@@ -161,14 +163,14 @@ class Bench:
 
     def take_turns(self, sides: Sequence[tuple[Setting, int]], pairs: int) -> list[list[dict]]:
         """For each side, a setting and its steps, a record a seed: runs whose times are compared.
-        Those of a seed run in one process, an epoch at a time (`alternate`), whatever --jobs, so
-        that a machine whose speed drifts is as fast for one as for the other."""
+        Those of a seed take turns an epoch long (`alternate`), whatever --jobs, so that a machine
+        whose speed drifts is as fast for one as for the other."""
         runs: list[list[dict]] = [[] for _ in sides]
         for seed in range(pairs):
             keys = [
                 {
                     **self.key(method, task, steps, seed, extra),
-                    "purpose": "timing, turns an epoch long",
+                    "purpose": "timing, turns an epoch long, a process each",
                     "cpu": self.where["cpu"],
                 }
                 for (method, task, extra), steps in sides
@@ -187,34 +189,57 @@ class Bench:
 
 
 def alternate(runs: Sequence[Callable[..., T]]) -> list[T]:
-    """Call every run in a thread of its own, one at a time.
+    """Call every run in a process of its own, one at a time.
 
     Each is called with turn=f. When it calls f(share of it that is done) it waits while another
     has done less; f returns the seconds that it waited. Returns what the runs returned; what one
-    of them raised is raised once all have ended.
+    of them raised is raised. Not threads: two pools of OpenMP threads in one process make each
+    other's barriers slow.
     """
-    shares = dict.fromkeys(range(len(runs)), 0.0)
-    changed = threading.Condition()
+    context: Any = multiprocessing.get_context(START_METHOD)
+    pipes, processes = [], []
+    for run in runs:
+        pipe, end = context.Pipe()
+        process = context.Process(target=_side, args=(run, end), daemon=True)
+        process.start()
+        end.close()
+        pipes.append(pipe)
+        processes.append(process)
+    results: dict[int, T] = {}
+    try:
+        shares = {i: pipe.recv()[1] for i, pipe in enumerate(pipes)}  # once all have started
+        while shares:
+            mine = min(shares, key=lambda i: (shares[i], i))
+            pipes[mine].send(None)
+            kind, value = pipes[mine].recv()
+            if kind == "turn":
+                shares[mine] = value
+            elif kind == "failed":
+                raise value
+            else:
+                results[mine] = value
+                del shares[mine]
+    finally:
+        for process in processes:
+            process.terminate()
+            process.join()
+    return [results[i] for i in range(len(runs))]
 
-    def one(me: int) -> T:
-        def turn(share: float) -> float:
-            started = time.perf_counter()
-            with changed:
-                shares[me] = share
-                changed.notify_all()
-                changed.wait_for(lambda: min(shares, key=lambda i: (shares[i], i)) == me)
-            return time.perf_counter() - started
 
-        try:
-            turn(0.0)
-            return runs[me](turn=turn)
-        finally:
-            with changed:
-                del shares[me]
-                changed.notify_all()
+def _side(run: Callable[..., Any], pipe: Connection) -> None:
+    """A process of `alternate`."""
 
-    with ThreadPoolExecutor(len(runs)) as pool:
-        return [f.result() for f in [pool.submit(one, i) for i in range(len(runs))]]
+    def turn(share: float) -> float:
+        started = time.perf_counter()
+        pipe.send(("turn", share))
+        pipe.recv()
+        return time.perf_counter() - started
+
+    turn(0.0)
+    try:
+        pipe.send(("done", run(turn=turn)))
+    except Exception as e:
+        pipe.send(("failed", e))
 
 
 # -------------------------------------------------------------------------------- statistics

@@ -9,6 +9,7 @@ import pytest
 
 import benchmark_hybrid_optimization as benchmark
 from lowbit import studies, tables
+from lowbit import study as study_tools
 from lowbit.study import Bench
 
 
@@ -97,6 +98,7 @@ def law(monkeypatch):
         }  # fmt: skip
 
     monkeypatch.setattr(benchmark, "run_once", run_once)
+    monkeypatch.setattr(study_tools, "START_METHOD", "fork")
     task = studies.Task("--ternary --qat", 320, {"AdamW": 0.5, "Muon": 0.5})
     monkeypatch.setitem(studies.TASKS, "toy", task)
     return done
@@ -123,10 +125,14 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert entry["seconds_ratio_vs_adamw"]["value"] == pytest.approx(0.5)
     assert entry["step_time_ratio_vs_adamw"]["value"] == 1
     horizons = [steps for method, steps, _, _ in law if method == "Full hybrid"]
-    # One on either side of the first that reaches the target; then that one again, for the time.
-    assert horizons == [160] * 3 + [144] * 3 + [176] * 3 + [160] * 3
-    timed = [(method, steps) for method, steps, _, _ in law[-6:]]
-    assert timed == [("AdamW", 320), ("Full hybrid", 160)] * 3  # in turns
+    # One on either side of the first that reaches the target.
+    assert horizons == [160] * 3 + [144] * 3 + [176] * 3
+    lines = (tmp_path / "convergence" / "runs.jsonl").read_text().splitlines()
+    timed = [r for r in map(json.loads, lines) if "purpose" in r]
+    seconds = [(r["method"], r["seed"], r["seconds"]) for r in timed]
+    assert seconds == [
+        x for seed in range(3) for x in (("AdamW", seed, 32.0), ("Full hybrid", seed, 16.0))
+    ]
     assert all(s == studies.TUNING_SEED for m, _, s, f in law if m == "AdamW" and "4" in f)
     folder = tmp_path / "convergence"
     assert {p.name for p in folder.iterdir()} == STUDY_FILES
