@@ -68,7 +68,10 @@ class Setup:
     teacher: CausalLM
     student: CausalLM
     steps_per_epoch: int
-    lr: float
+
+    @property
+    def lr(self) -> float:
+        return self.options.lr
 
     @property
     def max_steps(self) -> int:
@@ -171,7 +174,7 @@ def set_up(o: argparse.Namespace) -> Setup:
             ids, _ = batch_of(calibration_windows(o, corpus), device)
             calibrate(student, teacher.to(device), ids)
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
-    return Setup(o, device, tokenizer, corpus, teacher.to(device), student, per_epoch, o.lr)
+    return Setup(o, device, tokenizer, corpus, teacher.to(device), student, per_epoch)
 
 
 # ---------------------------------------------------------------------------------- optimisers
