@@ -38,7 +38,7 @@ from lowbit.checkpoint import atomic_write, prepare_folder
 from lowbit.corpus import StratifiedSampler
 from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options
 from lowbit.studies import METHODS, PAIR, QUICK, STUDIES, TASKS
-from lowbit.study import Bench
+from lowbit.study import TIMED_PAIRS, Bench
 from lowbit.tables import (
     format_quantization,
     format_table,
@@ -199,7 +199,7 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
         task = " ".join("--calibrate=false" if w == "--qat" else w for w in words)
         full_keys = [bench.key(m, task, steps, s) for s in range(o.seeds) for m in paired]
     runs, full = bench.run(keys), bench.run(full_keys)
-    bench.bar.close()
+    bench.close()
     summary = {"task": keys[0]["task"], **bench.where, **summarise(runs, o.target)}
     print("\n".join(format_table(summary)))
     if full:
@@ -221,10 +221,10 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
 
 def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[str]) -> None:
     function, seeds, tasks, methods = STUDIES[name]
-    bench = Bench(folder, o.jobs, o.device, run_once, METHODS)
+    bench = Bench(folder, o.jobs, o.device, run_once, METHODS, o.timed_pairs)
     seeds = o.seeds if o.seeds is not None else seeds
     found = function(bench, seeds, o.tasks or tasks, o.methods or methods)
-    bench.bar.close()
+    bench.close()
     print(name)
     print_summary(found)
     written = [
@@ -267,6 +267,13 @@ def main(argv: list[str] | None = None) -> int:
         "--tasks", nargs="+", choices=list(TASKS), metavar="NAME", help="of a study (default all)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
+    parser.add_argument(
+        "--timed_pairs",
+        type=int,
+        default=TIMED_PAIRS,
+        help="of the convergence study: pairs of runs, one at a time, whose seconds are compared "
+        f"(default {TIMED_PAIRS}; 0: none)",
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--output_dir", default="benchmark", help="folder (default benchmark/)")
     g = parser.add_argument_group("quick look")
@@ -282,6 +289,8 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("seeds", "epochs", "jobs"):
             if (value := getattr(o, name)) is not None and value < 1:
                 raise UserError(f"--{name} must be at least 1")
+        if o.timed_pairs < 0:
+            raise UserError("--timed_pairs must be at least 0")
         if o.study:
             for name in STUDIES if o.study == "all" else [o.study]:
                 run_study(name, o, prepare_folder(Path(o.output_dir) / name), argv)

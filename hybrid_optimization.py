@@ -572,7 +572,7 @@ class _Layout:
     """Of the parameters that a step moves, in order: vectors (n,), which of them are vectors;
     sizes (n,), root of the number of entries; floors (n,), a tenth of the root mean square of a
     usual start; index (n,), the cluster; gains (n,), the length at a rate of 1. Of the clusters:
-    least (C,), the norm that stands in where ||Theta_c|| is smaller."""
+    members (C, n); least (C,), the norm that stands in where ||Theta_c|| is smaller."""
 
     def __init__(self, live: Sequence[_Live], key: Any, gains: Sequence[float], count: int) -> None:
         device = live[0][0].device
@@ -581,28 +581,91 @@ class _Layout:
             0.1 if vector else 0.1 / math.sqrt(p[0].numel())
             for (p, *_), vector in zip(live, vectors, strict=True)
         ]
-        self.key, self.count = key, count
+        self.key = key
         self.vectors = torch.tensor(vectors, device=device)
         self.sizes = torch.tensor([p.numel() for p, *_ in live], device=device).sqrt()
         self.floors = torch.tensor(floors, device=device)
         self.index = torch.tensor([cluster for _, cluster, _, _ in live], device=device)
+        self.members = self.index == torch.arange(count, device=device)[:, None]
         self.gains = torch.tensor(gains, device=device)
         self.least = self.over_clusters(self.floors * self.sizes)
 
-    def times(self, rates: Sequence[float]) -> Tensor:
-        """gains x a rate for each parameter (n,). Runs of equal rates are one operation each."""
+    @staticmethod
+    def times(x: Tensor, factors: Sequence[float]) -> Tensor:
+        """x (n,) times a number for each parameter. Runs of equal numbers are one operation each,
+        and no number is copied to a device, which would wait."""
         parts = []
         start = 0
-        for i in range(1, len(rates) + 1):
-            if i == len(rates) or rates[i] != rates[start]:
-                parts.append(self.gains[start:i] * rates[start])
+        for i in range(1, len(factors) + 1):
+            if i == len(factors) or factors[i] != factors[start]:
+                parts.append(x[start:i] * factors[start])
                 start = i
         return torch.cat(parts)
 
     def over_clusters(self, x: Tensor) -> Tensor:
-        """Root of the sum of squares in each cluster, (n,) -> (C,)."""
-        zero = torch.zeros(self.count, device=x.device)
-        return zero.index_add(0, self.index, x**2).sqrt()
+        """Root of the sum of squares in each cluster, (n,) -> (C,). Not index_add: its order of
+        summation varies on a GPU, and a resumed run would not be the same to the bit."""
+        return torch.where(self.members, x**2, 0).sum(1).sqrt()
+
+
+def _one_tensor(parts: Sequence[Tensor]) -> Tensor | None:
+    """Contiguous tensors of one shape that lie one after another in one storage, as a view of it
+    (k, *shape); None if they don't."""
+    first = parts[0]
+    size = first.numel() * first.element_size()
+    start, storage = first.data_ptr(), first.untyped_storage().data_ptr()
+    for i, x in enumerate(parts):
+        if x.data_ptr() != start + i * size or x.untyped_storage().data_ptr() != storage:
+            return None
+        if not x.is_contiguous() or x.dtype != first.dtype:
+            return None
+    return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
+
+
+class _Bucket:
+    """Parameters that step together: ``count`` of one shape as one tensor (count, *shape); on the
+    CPU every parameter alone, with no first dimension, because there what counts is that a matrix
+    stays in the cache, not how many operations are launched."""
+
+    def __init__(self, live: Sequence[_Live], states: Sequence[dict[str, Any]]) -> None:
+        self.params = [p for p, *_ in live]
+        _, _, self.kind, self.group = live[0]
+        self.states = states
+        self.alone = len(live) == 1
+        self.shape = self.params[0].shape
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        return tensors[0] if self.alone else torch.stack(list(tensors))
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        return [x] if self.alone else list(x.unbind())
+
+    def column(self, x: Tensor) -> Tensor:
+        """(count,) -> something that multiplies a tensor of the bucket."""
+        return x.reshape(() if self.alone else (-1, *[1] * len(self.shape)))
+
+    def norm(self, x: Tensor) -> Tensor:
+        """(count,): the 2-norm of each."""
+        dims = None if self.alone else tuple(range(1, x.ndim))
+        return torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32).reshape(-1)
+
+    def __contains__(self, name: str) -> bool:
+        return all(name in state for state in self.states)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """What the states hold under this name; in-place changes reach them."""
+        parts = [state[name] for state in self.states]
+        if self.alone:
+            return parts[0]
+        whole = _one_tensor(parts)
+        if whole is None:  # loaded, copied or met for the first time
+            whole = torch.stack(parts)
+            self[name] = whole
+        return whole
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        for state, part in zip(self.states, self.parts(value), strict=True):
+            state[name] = part
 
 
 class ConstrainedOptimizer(torch.optim.Optimizer):
@@ -647,7 +710,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     SETTLED = 16  # roots are at most 2 + t / SETTLED steps old at step t
 
     # On the class, because a copy of an optimiser has its groups and states only.
-    never_wait = False  # on the CPU too: for tests of what a GPU does
+    never_wait = False  # as on a GPU, and in its buckets: for tests on the CPU
     _stats: Tensor | tuple[float, ...] = (0.0, 0.0, 0.0, RADIUS_RANGE[0], 0.0)
     _cached: _Layout | None = None
 
@@ -820,29 +883,35 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         # zero in everything that it would touch.
         keep = None if waits else finite.float()
 
+        buckets = self._buckets(live)
+        live = [live[i] for indices in buckets for i in indices]
         layout = self._layout(live)
         params = [p for p, *_ in live]
-        directions, scales, sizes = [], [], []
-        rates, decays = [], []
-        for order, (p, _, kind, group) in enumerate(live):
-            d, scale, size = self._direction(p, kind, group, order, keep)
-            directions.append(d)
-            scales.append(scale)
+        rates = [group["lr"] for *_, group in live]
+        decays = [group["lr"] * group["weight_decay"] for *_, group in live]
+        moves: list[tuple[_Bucket, slice, Tensor, Tensor]] = []
+        sizes = []
+        start = 0
+        for indices in buckets:
+            mine = slice(start, start := start + len(indices))
+            bucket = _Bucket(live[mine], [self.state[p] for p in params[mine]])
+            d, scale, size = self._direction(bucket, indices[0], keep)
+            moves.append((bucket, mine, d, scale))
             sizes.append(size)
-            rates.append(group["lr"])
-            decays.append(group["lr"] * group["weight_decay"])
 
         device = layout.gains.device
         norms = torch.stack([n.to(device) for n in torch._foreach_norm(params)]).float()
         own = torch.maximum(norms / layout.sizes, layout.floors)
-        length = layout.times(rates) * torch.where(layout.vectors, 1.0, own) * cap
+        length = layout.times(layout.gains, rates) * torch.where(layout.vectors, 1.0, own) * cap
         if max(decays) > torch.finfo(torch.float32).eps / 2:  # less than rounding: nothing
-            for d, p, scale, decay, share in zip(
-                directions, params, scales, decays, length.clamp_min(1e-30), strict=True
-            ):
-                d.mul_(scale).addcmul_(p.to(d.dtype), decay / share)
-            scales, sizes = [1.0] * len(live), list(torch._foreach_norm(directions))
-        proposed = torch.stack([n.to(device) for n in sizes])
+            share = layout.times(1 / length.clamp_min(1e-30), decays)
+            for i, (bucket, mine, d, scale) in enumerate(moves):
+                weights = bucket.gather(params[mine]).to(d.dtype)
+                part = share[mine].to(d.device)
+                d.mul_(bucket.column(scale)).addcmul_(weights, bucket.column(part))
+                moves[i] = bucket, mine, d, torch.ones_like(part)
+                sizes[i] = bucket.norm(d)
+        proposed = torch.cat([n.to(device) for n in sizes])
 
         region = self._region
         total = layout.over_clusters(proposed * length)
@@ -865,14 +934,20 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if keep is not None:
             cut = cut * keep
         factor = -length * cut[layout.index]
-        for p, d, scale, f in zip(params, directions, scales, factor, strict=True):
-            if keep_step:
-                d.mul_(f * scale)
-                p.add_(d)
-                self.state[p]["taken"] = d
+        for bucket, mine, d, scale in moves:
+            f = bucket.column(factor[mine].to(d.device) * scale)
+            if bucket.alone and not keep_step:  # one pass over both
+                p = bucket.params[0]
+                p.addcmul_(d.to(p.dtype), f.to(p.dtype))
             else:
-                p.addcmul_(d.to(p.dtype), (f * scale).to(p.dtype))
-                self.state[p].pop("taken", None)
+                each = bucket.parts(d.mul_(f))
+                steps = [x.to(p.dtype) for x, p in zip(each, bucket.params, strict=True)]
+                torch._foreach_add_(bucket.params, steps)
+            if keep_step:
+                bucket["taken"] = d
+            else:
+                for state in bucket.states:
+                    state.pop("taken", None)
 
         asked = total / (region["centre"] * radius_scale * weight).clamp_min(1e-30)
         asked = torch.log10(asked.clamp(1e-6, 1e6)) * moving
@@ -944,51 +1019,68 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         centre = region["centre"] * torch.exp(self.RECENTRE * (active.float() - share) * live)
         region["centre"].copy_(centre.clamp(*RADIUS_RANGE))
 
+    def _buckets(self, live: Sequence[_Live]) -> list[list[int]]:
+        """Indices of ``live`` by what may be computed together, in order of the first of each."""
+        found: dict[Any, list[int]] = {}
+        for i, (p, _, kind, group) in enumerate(live):
+            key: Any = i
+            if p.device.type != "cpu" or self.never_wait:
+                age = self.state[p].get("step", 0) if p in self.state else 0
+                key = (id(group), kind, p.shape, p.dtype, p.device, age)
+            found.setdefault(key, []).append(i)
+        return list(found.values())
+
     def _direction(
-        self, p: Tensor, kind: str, group: dict[str, Any], order: int, keep: Tensor | None
-    ) -> tuple[Tensor, Tensor | float, Tensor]:
-        """(d, scale, size): the unit-scale direction of p is d x scale (its negative is a descent
-        direction), d of p's shape; size is its 2-norm. Their product is left to the final update,
-        which reads d anyway. keep: 0 where the step must leave no trace, 1 otherwise (None: 1, and
-        no time lost on it)."""
-        state = self.state[p]
-        assert p.grad is not None
-        g = p.grad.float() if keep is None else torch.where(keep > 0, p.grad.float(), 0.0)
+        self, bucket: _Bucket, order: int, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(d, scale, size): the unit-scale direction of a bucket is d x scale (its negative is a
+        descent direction), d of the bucket's shape; scale and size, the 2-norm of that, are
+        (count,). Their product is left to the final update, which reads d anyway. keep: 0 where
+        the step must leave no trace, 1 otherwise (None: 1, and no time lost on it)."""
+        group = bucket.group
+        g = bucket.gather([p.grad for p in bucket.params if p.grad is not None]).float()
+        if keep is not None:
+            keep = keep.to(g.device)
+            g = torch.where(keep > 0, g, 0.0)
 
         def follow(mean: Tensor, x: Tensor, rate: float) -> None:
-            mean.lerp_(x, rate if keep is None else (rate * keep).to(mean.device))
+            mean.lerp_(x, rate if keep is None else rate * keep)
 
-        if not state:
-            state["step"] = 0
-            state["mean"] = torch.zeros_like(p, dtype=torch.float32)
-        state["step"] += 1
-        t, beta = state["step"], group["momentum"]
-        follow(state["mean"], g, 1 - beta)
+        for state in bucket.states:
+            state["step"] = state.get("step", 0) + 1
+        t, beta = bucket.states[0]["step"], group["momentum"]
+        if t == 1:
+            bucket["mean"] = torch.zeros_like(g)
+        mean = bucket["mean"]
+        follow(mean, g, 1 - beta)
         # Nesterov's look-ahead beta mean / (1 - beta^t) + (1 - beta) g, up to its factor.
         factor = beta / (1 - beta**t)
         if factor > 0:
-            ahead = torch.add(state["mean"], g, alpha=(1 - beta) / factor)
+            ahead = torch.add(mean, g, alpha=(1 - beta) / factor)
         else:
             ahead, factor = g.clone(), 1.0
-        if kind != "matrix" or not group["use_matrix_geometry"]:
+        if bucket.kind != "matrix" or not group["use_matrix_geometry"]:
             decay = group["metric_decay"]
-            if "square" not in state:
-                state["square"] = torch.zeros_like(g)
-            follow(state["square"], g * g, 1 - decay)
-            scale = state["square"].sqrt().mul_(1 / math.sqrt(1 - decay**t)).add_(1e-12)
-            d = ahead.div_(scale.mul_(1 / factor))
-            return d, 1.0, torch.linalg.vector_norm(d)
+            if "square" not in bucket:
+                bucket["square"] = torch.zeros_like(g)
+            square = bucket["square"]
+            follow(square, g * g, 1 - decay)
+            divisor = square.sqrt().mul_(1 / math.sqrt(1 - decay**t)).add_(1e-12)
+            d = ahead.div_(divisor.mul_(1 / factor))
+            size = bucket.norm(d)
+            return d, torch.ones_like(size), size
 
         decay = group["matrix_metric_decay"]
         # Half the precision is no loss: these are statistics of a few noisy gradients.
         dtype = group["product_dtype"]
         if dtype is None:
             dtype = torch.bfloat16 if native_bfloat16(g.device) else torch.float32
-        g, ahead = (x.reshape(len(x), -1).to(dtype) for x in (g, ahead))
-        wide = g.shape[0] < g.shape[1]
+        lead = () if bucket.alone else (len(bucket.params),)
+        g, ahead = (x.reshape(*lead, len(bucket.params[0]), -1).to(dtype) for x in (g, ahead))
+        wide = g.shape[-2] < g.shape[-1]
         if wide:
             g, ahead = g.mT, ahead.mT
-        large, small = g.shape
+        large, small = g.shape[-2:]
         inner = equal_blocks(small, group["largest_block"])
         outer = equal_blocks(large, min(small, self.OUTER_BLOCK))
         # The metric changes fast at first: roots that are a few steps old cost steps there, and
@@ -997,32 +1089,33 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         due = t in (2, 4) or (t + order) % every == 0
 
         def root(name: str, product: Tensor) -> Tensor:
-            """Of the running mean of products (blocks, m, m): its inverse square root."""
-            if name not in state:
-                state[name] = torch.zeros_like(product, dtype=torch.float32)
-            follow(state[name], product.float(), 1 - decay)
-            if due or f"{name}_root" not in state:
-                gram = state[name] / (1 - decay**t)
-                state[f"{name}_root"] = inverse_square_root(gram, group["damping"]).to(dtype)
-            return state[f"{name}_root"].to(dtype)
+            """Of the running mean of products (..., m, m): its inverse square root."""
+            if name not in bucket:
+                bucket[name] = torch.zeros_like(product, dtype=torch.float32)
+            gram = bucket[name]
+            follow(gram, product.float(), 1 - decay)
+            if due or f"{name}_root" not in bucket:
+                found = inverse_square_root(gram / (1 - decay**t), group["damping"])
+                bucket[f"{name}_root"] = found.to(dtype)
+            return bucket[f"{name}_root"].to(dtype)
 
         # The smaller side (of a square matrix the inputs' side), then the other of what is left.
         if inner > 1:
-            g, ahead = (x.reshape(large, inner, -1).transpose(0, 1) for x in (g, ahead))
+            g, ahead = (x.reshape(*lead, large, inner, -1).transpose(-3, -2) for x in (g, ahead))
         whiten = root("inner", g.mT @ g)
         g, ahead = g @ whiten, ahead @ whiten
         if inner > 1:
-            g, ahead = (x.transpose(0, 1) for x in (g, ahead))
-        g, ahead = (x.reshape(outer, -1, small) for x in (g, ahead))
+            g, ahead = (x.transpose(-3, -2) for x in (g, ahead))
+        g, ahead = (x.reshape(*lead, outer, -1, small) for x in (g, ahead))
         d = (root("outer", g @ g.mT) @ ahead).float()
         # Of the length of the first side's step, which is short where gradients disagree; of the
         # size of Adam's entries, times WHITENED_GAIN and the root of the aspect ratio: wide
         # matrices bear longer steps than square ones (EXPERIMENTS.md).
         gain = factor * self.WHITENED_GAIN * math.sqrt(large * min(large / small, 4.0))
-        length = torch.linalg.vector_norm(ahead, dtype=torch.float32) * gain
-        scale = length / torch.linalg.vector_norm(d).clamp_min(1e-30)
-        d = d.view(large, small)
-        return (d.mT if wide else d).reshape(p.shape), scale, length
+        length = bucket.norm(ahead) * gain
+        scale = length / bucket.norm(d).clamp_min(1e-30)
+        d = d.view(*lead, large, small)
+        return (d.mT if wide else d).reshape(*lead, *bucket.shape), scale, length
 
 
 # -------------------------------------------------------------------------------- the manager

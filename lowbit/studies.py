@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,6 @@ TASKS: dict[str, Task] = {
     ),
     "digits": Task("--digits", 192, FROM_SCRATCH, expected=1.0),
 }
-TIMED_PAIRS = 3
 DECAYS = (0.01, 0.1, 0.3, 1.0)  # what tuning tries, while it helps
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 
@@ -172,38 +172,52 @@ def side_by_side(
     }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A tuned baseline's runs, a seed each, and the hybrid's around the same loss."""
+
+    chosen: list[str]
+    table: list[dict[str, Any]]
+    reference: list[dict[str, Any]]
+    horizons: dict[int, list[dict[str, Any]]]
+
+
 def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
     """Steps and seconds to what each tuned baseline ends at: the smallest horizon tried, with the
     schedule ending there, whose mean over seeds reaches the baseline's mean. Baselines are tuned
     on a seed of their own, the hybrid has its default settings. Intervals resample seeds; seconds
     are of runs that take turns."""
-    summary: dict[str, Any] = {}
-    for name in tasks:
+    pairs = [(name, m) for name in tasks for m in methods if m in TASKS[name].rates]
+
+    def measure(name: str, baseline: str) -> Comparison:
         task = TASKS[name]
-        entry: dict[str, Any] = {"baseline_steps": task.steps, "seeds": seeds, "tuning": {}}
-        for baseline in [m for m in methods if m in task.rates]:
-            best, table = tune(bench, baseline, task)
-            entry["tuning"][baseline] = {"chosen": best, "table": table}
-            keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
-            reference = bench.run(keys)
-            target = [r["final_loss"] for r in reference]
-            horizons = bracket(bench, task, seeds, float(np.mean(target)))
-            losses = {h: [r["final_loss"] for r in rs] for h, rs in horizons.items()}
-            label = baseline.split()[0].lower().replace("-", "_")
-            entry[f"{label}_loss"] = mean_interval(target)
-            entry[f"{label}_kl"] = mean_interval([r["final_kl"] for r in reference])
-            entry[f"steps_ratio_vs_{label}"] = steps_ratio(losses, target, task.steps)
-            reached = smallest_horizon(losses, float(np.mean(target)), np.arange(seeds))
-            if math.isfinite(reached):
-                timed = side_by_side(
-                    bench, task, baseline, best, int(reached), min(seeds, TIMED_PAIRS)
-                )
-                entry |= {f"{name}_vs_{label}": found for name, found in timed.items()}
-            entry["hybrid_losses"] = {str(h): mean_interval(x) for h, x in losses.items()}
-            entry["hybrid_kl"] = {
-                str(h): mean_interval([r["final_kl"] for r in rs]) for h, rs in horizons.items()
-            }
-        summary[name] = entry
+        best, table = tune(bench, baseline, task)
+        keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
+        reference = bench.run(keys)
+        target = float(np.mean([r["final_loss"] for r in reference]))
+        return Comparison(best, table, reference, bracket(bench, task, seeds, target))
+
+    found = bench.together([partial(measure, *pair) for pair in pairs])
+    summary: dict[str, Any] = {
+        name: {"baseline_steps": TASKS[name].steps, "seeds": seeds, "tuning": {}} for name in tasks
+    }
+    for (name, baseline), c in zip(pairs, found, strict=True):
+        entry, task = summary[name], TASKS[name]
+        target = [r["final_loss"] for r in c.reference]
+        losses = {h: [r["final_loss"] for r in rs] for h, rs in c.horizons.items()}
+        label = baseline.split()[0].lower().replace("-", "_")
+        entry["tuning"][baseline] = {"chosen": c.chosen, "table": c.table}
+        entry[f"{label}_loss"] = mean_interval(target)
+        entry[f"{label}_kl"] = mean_interval([r["final_kl"] for r in c.reference])
+        entry[f"steps_ratio_vs_{label}"] = steps_ratio(losses, target, task.steps)
+        reached = smallest_horizon(losses, float(np.mean(target)), np.arange(seeds))
+        if math.isfinite(reached) and (timed_pairs := min(seeds, bench.timed_pairs)):
+            timed = side_by_side(bench, task, baseline, c.chosen, int(reached), timed_pairs)
+            entry |= {f"{ratio}_vs_{label}": found for ratio, found in timed.items()}
+        for column, key in (("final_loss", "hybrid_losses"), ("final_kl", "hybrid_kl")):
+            entry.setdefault(key, {}).update(
+                {str(h): mean_interval([r[column] for r in rs]) for h, rs in c.horizons.items()}
+            )
     return {"tasks": summary}
 
 

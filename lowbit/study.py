@@ -11,9 +11,10 @@ import multiprocessing
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,7 +29,8 @@ from lowbit import __version__
 from lowbit.options import STEPS_PER_EPOCH
 
 RESAMPLES = 4000
-START_METHOD = "spawn"  # of processes that take turns; a fork may not use OpenMP again
+TIMED_PAIRS = 3
+START_METHOD = "spawn"  # of processes; a fork may use neither OpenMP nor CUDA again
 T = TypeVar("T")
 
 
@@ -97,7 +99,8 @@ class Bench:
 
     run_once(method, flags, task's flags, seed) -> what a run gave, with turn=f as in `alternate`
     where its time counts; methods: name -> flags. With jobs > 1 run_once must be a function of a
-    module, to be called in other processes.
+    module, to be called in other processes; timed_pairs: of runs that a study does for their
+    seconds alone. `close` it in the end.
     """
 
     def __init__(
@@ -107,13 +110,23 @@ class Bench:
         device: str,
         run_once: Callable[..., dict[str, Any]],
         methods: Mapping[str, Sequence[str]],
+        timed_pairs: int = TIMED_PAIRS,
     ) -> None:
         self.folder, self.jobs, self.device = folder, jobs, device
-        self.run_once, self.methods = run_once, methods
+        self.run_once, self.methods, self.timed_pairs = run_once, methods, timed_pairs
         self.log = RunLog(folder / "runs.jsonl")
         self.where = machine()
         self.bar = tqdm(unit="run", file=sys.stderr, leave=False)
         self.used: dict[int, dict[str, Any]] = {}  # records that a result was made of
+        self._pool: ProcessPoolExecutor | None = None
+        self._running: dict[str, Future] = {}
+        self._lock = threading.RLock()  # of everything above: parts of a study are threads
+
+    def close(self) -> None:
+        """No more runs: those that wait are dropped."""
+        self.bar.close()
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def key(
         self, method: str, task: str, steps: int, seed: int, extra: Sequence[str] = ()
@@ -125,28 +138,63 @@ class Bench:
     def run(self, keys: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The records of ``keys``, in their order."""
         keys = list(keys)
-        missing = [k for k in keys if self.log.find(k) is None]
-        self.bar.total = (self.bar.total or 0) + len(missing)
-        arguments = [(k["method"], k["flags"], k["task"], k["seed"]) for k in missing]
-        if self.jobs > 1 and len(missing) > 1:
-            threads = max(1, torch.get_num_threads() // self.jobs)
-            with ProcessPoolExecutor(
-                self.jobs, initializer=torch.set_num_threads, initargs=(threads,)
-            ) as pool:
-                results = pool.map(self.run_once, *zip(*arguments, strict=True))
-                for k, result in zip(missing, results, strict=True):
-                    self._keep(k, result)
+        with self._lock:
+            missing = [k for k in keys if self.log.find(k) is None]
+            if self.jobs > 1:
+                running = {self._start(k): k for k in missing}
+            else:
+                self._expect(len(missing))
+        if self.jobs > 1:
+            for future in as_completed(running):
+                self._keep(running[future], future.result())
         else:
-            for k, a in zip(missing, arguments, strict=True):
+            for k in missing:
                 self.bar.set_description(f"{k['method']}, seed {k['seed']}")
-                self._keep(k, self.run_once(*a))
-        found = [r for r in map(self.log.find, keys) if r is not None]
-        self.used |= {id(r): r for r in found}
+                self._keep(k, self.run_once(*_arguments(k)))
+        with self._lock:
+            found = [r for r in map(self.log.find, keys) if r is not None]
+            self.used |= {id(r): r for r in found}
         return found
 
+    def together(self, parts: Sequence[Callable[[], T]]) -> list[T]:
+        """What the parts of a study return. With several jobs they ask for their runs at the same
+        time, so that no part's last run leaves the machine idle."""
+        if self.jobs == 1 or len(parts) == 1:
+            return [part() for part in parts]
+        with ThreadPoolExecutor(len(parts)) as threads:
+            running = [threads.submit(part) for part in parts]
+            try:
+                for future in as_completed(running):
+                    future.result()
+            except BaseException:
+                self.close()  # or the others would go on
+                raise
+        return [future.result() for future in running]
+
+    def _start(self, key: dict[str, Any]) -> Future:
+        """The run of this key in another process; a second caller gets the first one's."""
+        name = json.dumps(key, sort_keys=True)
+        if name not in self._running:
+            if self._pool is None:
+                self._pool = ProcessPoolExecutor(
+                    self.jobs,
+                    mp_context=multiprocessing.get_context(START_METHOD),
+                    initializer=torch.set_num_threads,
+                    initargs=(max(1, torch.get_num_threads() // self.jobs),),
+                )
+            self._expect(1)
+            self._running[name] = self._pool.submit(self.run_once, *_arguments(key))
+        return self._running[name]
+
+    def _expect(self, runs: int) -> None:
+        self.bar.total = (self.bar.total or 0) + runs
+        self.bar.refresh()
+
     def _keep(self, key: dict[str, Any], result: dict[str, Any]) -> None:
-        self.log.append({**key, **result, **self.where})
-        self.bar.update()
+        with self._lock:
+            if self.log.find(key) is None:
+                self.log.append({**key, **result, **self.where})
+                self.bar.update()
 
     def losses(
         self, settings: Iterable[Setting], steps: int, seeds: int, column: str = "final_loss"
@@ -175,17 +223,19 @@ class Bench:
                 }
                 for (method, task, extra), steps in sides
             ]
-            found = [self.log.find(k) for k in keys]
-            if None in found:
-                self.bar.total = (self.bar.total or 0) + len(keys)
+            if None in [self.log.find(k) for k in keys]:
+                self._expect(len(keys))
                 self.bar.set_description(f"in turns, seed {seed}")
-                arguments = [(k["method"], k["flags"], k["task"], k["seed"]) for k in keys]
-                results = alternate([partial(self.run_once, *a) for a in arguments])
+                results = alternate([partial(self.run_once, *_arguments(k)) for k in keys])
                 for k, result in zip(keys, results, strict=True):
                     self._keep(k, result)
             for side, record in zip(runs, self.run(keys), strict=True):
                 side.append(record)
         return runs
+
+
+def _arguments(key: Mapping[str, Any]) -> tuple[str, list[str], list[str], int]:
+    return key["method"], key["flags"], key["task"], key["seed"]
 
 
 def alternate(runs: Sequence[Callable[..., T]]) -> list[T]:
