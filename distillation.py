@@ -37,9 +37,15 @@ from lowbit.checkpoint import prepare_folder, save_float32
 from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
 from lowbit.generate import generate
 from lowbit.losses import distillation_terms, hidden_state_loss
-from lowbit.options import DEFAULT_LR, HYBRID_DECAY, STEPS_PER_EPOCH, parse_options
+from lowbit.options import (
+    DEFAULT_LR,
+    HYBRID_DECAY,
+    HYBRID_QUANT_WARMUP,
+    STEPS_PER_EPOCH,
+    parse_options,
+)
 from lowbit.packing import load_packed, save_packed
-from lowbit.quantization import count_flips, latent, quantize_model, snapshot_codes
+from lowbit.quantization import count_flips, latent, quantize_model, snapshot_codes, strength
 from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
 from lowbit.student import STUDENT_SIZES, CausalLM, ModelConfig
 from lowbit.teacher import load_teacher
@@ -49,7 +55,7 @@ WARMUP_FRACTION = 0.05  # of all steps
 CALIBRATION_TOKENS = 16384
 QUICK_WINDOWS = 64  # validation windows after an epoch
 FINAL_WINDOWS = 256  # validation windows at the end
-EVAL_BATCH = 16  # windows
+EVAL_BATCH = {"cpu": 16, "cuda": 128}  # windows
 MAX_CONSECUTIVE_SKIPS = 20
 SAMPLE_PROMPT = "Return the "
 SAMPLE_TOKENS = 200
@@ -92,6 +98,8 @@ def settle_by_start(o: argparse.Namespace) -> None:
         o.lr = DEFAULT_LR[o.method][o.student_init]
     if o.weight_decay is None:
         o.weight_decay = HYBRID_DECAY[o.student_init] if o.hybrid else 0.01
+    if o.quant_warmup is None:
+        o.quant_warmup = HYBRID_QUANT_WARMUP[o.student_init] if o.hybrid and o.qat else 0.0
     if o.use_matrix_geometry is None:  # it does not pay in a conversion: EXPERIMENTS.md
         o.use_matrix_geometry = o.student_init == "random"
 
@@ -282,6 +290,7 @@ def make_step(
     o = s.options
     peaks = [[g["lr"] for g in opt.param_groups] for opt in baseline]
     bf16 = s.device.type == "cuda"
+    ramp = o.quant_warmup * s.max_steps
     same_blocks = (
         s.student.config.num_hidden_layers == s.teacher.config.num_hidden_layers
         and s.student.config.hidden_size == s.teacher.config.hidden_size
@@ -298,7 +307,8 @@ def make_step(
         with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 target = s.teacher(inputs)
-            out = s.student(inputs)
+            with strength(s.student, min(1.0, t / ramp) if ramp else 1.0):
+                out = s.student(inputs)
         ce, kl = distillation_terms(out.logits, target.logits, labels, o.temperature)
         each = o.alpha * ce + (1 - o.alpha) * kl
         if hidden_weight:
@@ -307,11 +317,11 @@ def make_step(
         s.student.zero_grad(set_to_none=True)
         objective.mean().backward()
 
-        loss, kls = float(each.mean().detach()), kl.detach().float().cpu().numpy()
+        # What the host reads, it reads after it has launched the step: reading waits for a GPU.
+        mean, kl = each.mean().detach(), kl.detach().float()
         control: dict[str, Any] = {}
         if manager:
-            control = manager.optimization_step(s.student, loss, None, cluster_id=-1, step=t)
-            manager.observe_clusters(clusters[indices], kls)
+            control = manager.optimization_step(s.student, mean, None, cluster_id=-1, step=t)
             lr = control["learning_rate"]
         else:
             factor = schedule_factor(t, s.max_steps, WARMUP_FRACTION, o.lr_schedule)
@@ -320,8 +330,11 @@ def make_step(
                     group["lr"] = value * factor
                 opt.step()
             lr = s.lr * factor
-            if not math.isfinite(loss):
-                raise RunFailed("the loss is not finite; use a smaller --lr, or --hybrid")
+        loss, kls = float(mean), kl.cpu().numpy()
+        if manager:
+            manager.observe_clusters(clusters[indices], kls)
+        elif not math.isfinite(loss):
+            raise RunFailed("the loss is not finite; use a smaller --lr, or --hybrid")
         seconds = time.perf_counter() - started
         return StepResult(loss, float(ce.mean().detach()), kls, lr, seconds, control)
 
@@ -341,8 +354,9 @@ def pick_windows(windows: np.ndarray, count: int) -> np.ndarray:
 @torch.no_grad()
 def logits_of(model: CausalLM, windows: np.ndarray, device: torch.device) -> list[torch.Tensor]:
     """Logits over windows (n, T + 1), in blocks of EVAL_BATCH windows."""
-    blocks = range(0, len(windows), EVAL_BATCH)
-    return [model(batch_of(windows[i : i + EVAL_BATCH], device)[0]).logits for i in blocks]
+    size = EVAL_BATCH[device.type]
+    blocks = range(0, len(windows), size)
+    return [model(batch_of(windows[i : i + size], device)[0]).logits for i in blocks]
 
 
 @dataclass
@@ -361,8 +375,9 @@ def validate(
 ) -> Validation:
     """A model on windows (n, T + 1); reference: the teacher's `logits_of` the same windows."""
     ces, kls = [], []
-    for i, target in enumerate(reference):
-        inputs, labels = batch_of(windows[i * EVAL_BATCH : (i + 1) * EVAL_BATCH], device)
+    ends = np.cumsum([len(block) for block in reference])
+    for part, target in zip(np.split(windows, ends[:-1]), reference, strict=True):
+        inputs, labels = batch_of(part, device)
         ce, kl = distillation_terms(model(inputs).logits, target, labels, 1.0)
         ces.append(ce)
         kls.append(kl)
@@ -374,7 +389,7 @@ def validate(
 @torch.no_grad()
 def teacher_loss(windows: np.ndarray, reference: list[torch.Tensor]) -> float:
     labels = torch.from_numpy(windows[:, 1:].astype(np.int64)).to(reference[0].device)
-    parts = labels.split(EVAL_BATCH)
+    parts = labels.split([len(block) for block in reference])
     terms = [distillation_terms(r, r, y, 1.0)[0] for r, y in zip(reference, parts, strict=True)]
     return float(torch.cat(terms).double().mean())
 

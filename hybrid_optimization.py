@@ -682,8 +682,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
     square of the proposed entries is up to 2 % of the weights' in the diagonal metric, and in a
-    matrix's 0.6 sqrt(a) as much, a = larger side / smaller side, at most 4. Vectors move as in Adam
-    at 3 lr.
+    matrix's 0.75 sqrt(a) as much, a = larger side / smaller side, at most 4. Vectors move as in
+    Adam at 3 lr.
 
     Region. For each parameter cluster c the proposal d_c, decay included, is cut to
     ||d_c||_2 <= mu_c ||Theta_c||_2 (||Theta_c|| at least a tenth of a usual start's, so that
@@ -705,7 +705,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     RECENTRE = 0.1
     RELATIVE_GAIN = 20.0  # lr 1e-3 -> 2 % of the weights' root mean square
     VECTOR_GAIN = 3.0  # entries of vectors move by at most 3 lr
-    WHITENED_GAIN = 0.6  # of a square matrix's step, against one of the diagonal metric
+    WHITENED_GAIN = 0.75  # of a square matrix's step, against one of the diagonal metric
     OUTER_BLOCK = 128  # rows of the metric of a matrix's larger side
     SETTLED = 16  # roots are at most 2 + t / SETTLED steps old at step t
 

@@ -22,7 +22,9 @@ DEFAULT_LR = {
     "prodigy": {"teacher": 1.0, "random": 1.0},
 }
 #: Decoupled weight decay of the hybrid where --weight_decay is not given, by start of the student.
-HYBRID_DECAY = {"teacher": 1e-5, "random": 0.3}
+HYBRID_DECAY = {"teacher": 1e-5, "random": 0.45}
+#: Share of the run over which the hybrid's rounding sets in where --quant_warmup is not given.
+HYBRID_QUANT_WARMUP = {"teacher": 0.0, "random": 0.8}
 STEPS_PER_EPOCH = 16
 
 
@@ -92,6 +94,13 @@ def make_parser() -> Parser:
         help="train the quantiser's scales (LSQ); needs --qat",
     )
     g.add_argument(
+        "--quant_warmup",
+        type=_number(float, 0, 1),
+        metavar="SHARE",
+        help="of the run, over which rounding in the forward pass sets in; needs --qat (default "
+        "0, at once; hybrid from scratch: 0.8)",
+    )
+    g.add_argument(
         "--calibrate",
         help="round with second-order information where a float model is converted: at the start "
         "with --qat and --student_init teacher, at the end without --qat (true with --hybrid)",
@@ -144,7 +153,7 @@ def make_parser() -> Parser:
     g.add_argument(
         "--weight_decay",
         type=_number(float, 0),
-        help="decoupled, a step and unit of lr (default 0.01; hybrid, matrices only: 0.3 from "
+        help="decoupled, a step and unit of lr (default 0.01; hybrid, matrices only: 0.45 from "
         "scratch, 1e-5 from the teacher)",
     )
     g.add_argument(
@@ -259,6 +268,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--optimizer {o.optimizer} contradicts --hybrid; give one of them")
     if o.learnable_scale and not o.qat:
         raise UserError("--learnable_scale needs --qat")
+    if o.quant_warmup is not None and not o.qat:
+        raise UserError("--quant_warmup needs --qat: without it rounding comes after training")
     if o.learnable_scale and o.calibrate:
         raise UserError("--calibrate contradicts --learnable_scale: its scales are closed forms")
     for needs, names in {

@@ -108,6 +108,7 @@ class _LearnedScale(torch.autograd.Function):
 class QATLinear(nn.Linear):
     """A linear layer whose forward pass uses ternary or 1-bit weights; `weight` is the latent.
 
+    Below strength 1 (see `strength`) it uses weight + strength (rounded weight - weight).
     With learnable_scale the scale is ``base_scale * weight_scale``: base_scale (a buffer) is the
     closed-form scale at conversion, weight_scale a parameter that starts at 1.
     """
@@ -127,7 +128,7 @@ class QATLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         if mode not in MODES or scope not in SCOPES:
             raise ValueError(f"mode is one of {MODES} and scope one of {SCOPES}")
-        self.mode, self.scope, self.enabled = mode, scope, True
+        self.mode, self.scope, self.enabled, self.strength = mode, scope, True, 1.0
         if learnable_scale:
             shape = (out_features, 1) if scope == "row" else (1, 1)
             self.weight_scale = nn.Parameter(torch.ones(shape))
@@ -173,13 +174,16 @@ class QATLinear(nn.Linear):
 
     def quantized_weight(self) -> torch.Tensor:
         """codes x scale (out, in), differentiable in the latent (and the learned scale)."""
-        if not self.enabled:
+        if not self.enabled or self.strength == 0:
             return self.weight
         if self.weight_scale is not None:
-            return _LearnedScale.apply(self.weight, self._learned(), self.mode)
+            rounded = _LearnedScale.apply(self.weight, self._learned(), self.mode)
+            return rounded if self.strength == 1 else self.weight.lerp(rounded, self.strength)
         with torch.no_grad():
             codes, scale = self._closed_form()
             quantized = codes.mul_(scale)
+            if self.strength < 1:
+                quantized = torch.lerp(self.weight, quantized, self.strength)
         return _StraightThrough.apply(self.weight, quantized)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -243,6 +247,20 @@ def latent(model: nn.Module) -> Iterator[None]:
             m.enabled = True
 
 
+@contextmanager
+def strength(model: nn.Module, value: float) -> Iterator[None]:
+    """Inside, weights of linear layers are rounded by this share of the way, 0 to 1: a warm-up of
+    quantisation. Codes, files and embeddings are not concerned."""
+    layers = [m for _, m in low_bit_layers(model) if isinstance(m, QATLinear)]
+    for m in layers:
+        m.strength = value
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.strength = 1.0
+
+
 @torch.no_grad()
 def snapshot_codes(model: nn.Module) -> dict[str, torch.Tensor]:
     """int8 codes of every `QATLinear`, to count flips with `count_flips`."""
@@ -255,5 +273,5 @@ def snapshot_codes(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def count_flips(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
     """Share of codes that differ."""
-    changed = sum(int((before[n] != after[n]).sum()) for n in after)
-    return changed / max(1, sum(c.numel() for c in after.values()))
+    changed = sum((before[n] != after[n]).sum() for n in after)
+    return float(changed) / max(1, sum(c.numel() for c in after.values()))

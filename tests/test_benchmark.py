@@ -99,7 +99,7 @@ def law(monkeypatch):
 
     monkeypatch.setattr(benchmark, "run_once", run_once)
     monkeypatch.setattr(study_tools, "START_METHOD", "fork")
-    task = studies.Task("--ternary --qat", 320, {"AdamW": 0.5, "Muon": 0.5})
+    task = studies.Task("--ternary --qat", 320, {"AdamW": 0.5, "Muon": 0.5}, expected=0.5)
     monkeypatch.setitem(studies.TASKS, "toy", task)
     return done
 

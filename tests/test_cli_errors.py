@@ -376,18 +376,20 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("flags", "start", "expected"),
     [
-        (["--hybrid"], "teacher", (3e-4, 1e-5, False)),
-        (["--hybrid"], "random", (7e-3, 0.3, True)),
-        ([], "random", (4e-3, 0.01, True)),
-        (["--hybrid", "--lr=1", "--weight_decay=0"], "random", (1, 0, True)),
-        (["--hybrid", "--use_matrix_geometry"], "teacher", (3e-4, 1e-5, True)),
+        (["--hybrid", "--qat"], "teacher", (3e-4, 1e-5, 0.0, False)),
+        (["--hybrid", "--qat"], "random", (7e-3, 0.45, 0.8, True)),
+        (["--hybrid"], "random", (7e-3, 0.45, 0.0, True)),
+        (["--qat"], "random", (4e-3, 0.01, 0.0, True)),
+        (["--qat", "--quant_warmup=1"], "teacher", (1e-3, 0.01, 1.0, False)),
+        (["--hybrid", "--lr=1", "--weight_decay=0"], "random", (1, 0, 0.0, True)),
+        (["--hybrid", "--use_matrix_geometry"], "teacher", (3e-4, 1e-5, 0.0, True)),
     ],
 )
 def test_defaults_that_depend_on_the_start(flags, start, expected) -> None:
     o = parse_options(flags)
     o.student_init = start
     distillation.settle_by_start(o)
-    assert (o.lr, o.weight_decay, o.use_matrix_geometry) == expected
+    assert (o.lr, o.weight_decay, o.quant_warmup, o.use_matrix_geometry) == expected
 
 
 def test_switching_off_what_is_off_is_no_contradiction() -> None:

@@ -104,7 +104,7 @@ def reference_direction(grads: list[np.ndarray], block: int, beta=0.9, decay=0.9
         ]
     )
     d *= np.linalg.norm(ahead) / np.linalg.norm(d)
-    return d * 0.6 * math.sqrt(large * min(large / small, 4))
+    return d * 0.75 * math.sqrt(large * min(large / small, 4))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_whitening_of_one_gradient_is_its_polar_factor(shape):
         blocks *= torch.linalg.vector_norm(whole) / torch.linalg.vector_norm(blocks)
         expected = blocks if shape == (8, 5) else blocks.mT
     small, large = sorted(shape)
-    expected = 0.6 * math.sqrt(large * large / small) * expected
+    expected = 0.75 * math.sqrt(large * large / small) * expected
     torch.testing.assert_close(1 - p.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
