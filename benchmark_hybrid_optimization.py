@@ -42,6 +42,7 @@ from lowbit.study import TIMED_PAIRS, Bench
 from lowbit.tables import (
     format_quantization,
     format_table,
+    made_of,
     plot,
     plot_study,
     print_summary,
@@ -221,21 +222,22 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
 
 def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[str]) -> None:
     function, seeds, tasks, methods = STUDIES[name]
-    bench = Bench(folder, o.jobs, o.device, run_once, METHODS, o.timed_pairs)
+    bench = Bench(folder, o.jobs, o.device, run_once, METHODS, o.timed_pairs, o.from_log)
     seeds = o.seeds if o.seeds is not None else seeds
     found = function(bench, seeds, o.tasks or tasks, o.methods or methods)
     bench.close()
+    used = list(bench.used.values())
     print(name)
     print_summary(found)
     written = [
         bench.log.path,
-        write_json(folder / "summary.json", {"study": name, **bench.where, **found}),
+        write_json(folder / "summary.json", {"study": name, **made_of(used), **found}),
     ]
     text = study_readme(
         name,
         function.__doc__,
         shlex.join(["python", "benchmark_hybrid_optimization.py", *command]),
-        list(bench.used.values()),
+        used,
         len(bench.log.runs),
     )
     written.append(atomic_write(folder / "README.md", lambda f: f.write(text.encode())))
@@ -273,6 +275,11 @@ def main(argv: list[str] | None = None) -> int:
         default=TIMED_PAIRS,
         help="of the convergence study: pairs of runs, one at a time, whose seconds are compared "
         f"(default {TIMED_PAIRS}; 0: none)",
+    )
+    parser.add_argument(
+        "--from_log",
+        action="store_true",
+        help="of a study: do no runs, summarise those that are there (from another machine, say)",
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--output_dir", default="benchmark", help="folder (default benchmark/)")

@@ -52,7 +52,7 @@ from lowbit.teacher import load_teacher
 from lowbit.tokenizer import ByteTokenizer
 
 WARMUP_FRACTION = 0.05  # of all steps
-CALIBRATION_TOKENS = 16384
+CALIBRATION_TOKENS = 32768
 QUICK_WINDOWS = 64  # validation windows after an epoch
 FINAL_WINDOWS = 256  # validation windows at the end
 EVAL_BATCH = {"cpu": 16, "cuda": 128}  # windows

@@ -24,15 +24,8 @@ import torch
 import torch.nn as nn
 
 from lowbit.quantization import QATLinear, sign_codes, ternary_codes
-from lowbit.student import CausalLM
+from lowbit.student import Block, CausalLM
 
-#: Layers that read the same input are calibrated together.
-STAGES = (
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.o_proj",),
-    ("mlp.gate_proj", "mlp.up_proj"),
-    ("mlp.down_proj",),
-)
 RIDGE = 0.1  # of the mean diagonal of the second moment, in the refit
 DAMPING = 0.3  # the same, in the rounding
 BLOCK = 64  # columns between two updates of the rest
@@ -106,48 +99,19 @@ def latent_weights(
     return latent * (scale / kept.clamp_min(1e-12))
 
 
-class _Reached(Exception):
-    """All inputs that were asked for have been seen."""
-
-
-def _inputs(block: nn.Module, names: Iterable[str], *args: object) -> list[torch.Tensor]:
-    """What the named modules of a block read when it is called, as (N, I) each. The rest of the
-    block is not computed."""
-    modules = dict(block.named_modules())
-    seen: dict[str, torch.Tensor] = {}
-    names = list(names)
-
-    def hook(name: str):
-        def note(module: nn.Module, inputs: tuple) -> None:
-            seen[name] = inputs[0].flatten(0, -2)
-            if len(seen) == len(names):
-                raise _Reached
-
-        return note
-
-    handles = [modules[n].register_forward_pre_hook(hook(n)) for n in names]
-    try:
-        block(*args)
-    except _Reached:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    return [seen[n] for n in names]
-
-
 @contextmanager
 def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, what modules give is noted, as (N, O)."""
+    """Inside, what the linear layers among these modules give is noted."""
     found: dict[str, torch.Tensor] = {}
 
     def hook(name: str):
         def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            found[name] = output.flatten(0, -2)
+            found[name] = output
 
         return note
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in modules.items()]
+    linear = {n: m for n, m in modules.items() if isinstance(m, nn.Linear)}
+    handles = [m.register_forward_hook(hook(n)) for n, m in linear.items()]
     yield found
     for handle in handles:
         handle.remove()
@@ -169,6 +133,17 @@ def _calibrate_layer(
         w.copy_(latent)
 
 
+def _calibrate_layers(
+    layers: Iterable[nn.Module], read: torch.Tensor, wanted: Iterable[torch.Tensor]
+) -> None:
+    """Layers that read the same, (B, T, I), and what each should give, (B, T, O)."""
+    x = read.flatten(0, 1)
+    moment = x.mT @ x / len(x)
+    for layer, y in zip(layers, wanted, strict=True):
+        assert isinstance(layer, QATLinear)
+        _calibrate_layer(layer, x, moment, y.flatten(0, 1))
+
+
 @torch.no_grad()
 def calibrate(student: CausalLM, teacher: CausalLM, ids: torch.Tensor) -> CausalLM:
     """Calibrate, in place, the ternary or 1-bit layers of a student that holds the teacher's
@@ -178,33 +153,33 @@ def calibrate(student: CausalLM, teacher: CausalLM, ids: torch.Tensor) -> Causal
     """
     if student.config != teacher.config:
         raise ValueError("calibrate: the student's shape is not the teacher's")
-    layers: Iterable[nn.Module] = student.model.layers
-    plain = {n: m for n, m in teacher.model.layers.named_modules() if n.endswith(sum(STAGES, ()))}
     if not any(isinstance(m, QATLinear) for m in student.modules()):
         raise ValueError("calibrate: the student has no low-bit layers")
-    with _outputs(plain) as target:
-        after = [h.flatten(0, 1) for h in teacher(ids).hidden_states]  # (N, C) a block
-    before = teacher.model.embed_tokens(ids).flatten(0, 1)  # the teacher's residual stream
-    x = student.model.embed_tokens(ids)
     cos, sin = student.cos[: ids.size(1), None], student.sin[: ids.size(1), None]
-    for i, block in enumerate(layers):
-        modules = dict(block.named_modules())
-        for stage in STAGES:
-            # The stream before the MLP, too, where the stage is what writes to it.
-            names = [stage[0]]
-            if stage == ("mlp.down_proj",):
-                names.insert(0, "post_attention_layernorm")
-            *stream, read = _inputs(block, names, x, cos, sin, None)
-            moment = read.mT @ read / len(read)
-            for name in stage:
-                wanted = target[f"{i}.{name}"]
-                if name == "self_attn.o_proj":
-                    wanted = before + wanted - x.flatten(0, 1)
-                elif name == "mlp.down_proj":
-                    wanted = after[i] - stream[0]
-                layer = modules[name]
-                assert isinstance(layer, QATLinear)
-                _calibrate_layer(layer, read, moment, wanted)
-        before = after[i]
-        x = block(x, cos, sin, None)[0]
+    theirs = teacher.model.embed_tokens(ids)  # the teacher's residual stream
+    x = student.model.embed_tokens(ids)
+    for model, block in zip(teacher.model.layers, student.model.layers, strict=True):
+        assert isinstance(model, Block)
+        assert isinstance(block, Block)
+        attention, mlp = block.self_attn, block.mlp
+        with _outputs(dict(model.named_modules())) as target:
+            after = model(theirs, cos, sin, None)[0]
+
+        read = block.input_layernorm(x)
+        _calibrate_layers(
+            [attention.q_proj, attention.k_proj, attention.v_proj],
+            read,
+            [target[f"self_attn.{n}"] for n in ("q_proj", "k_proj", "v_proj")],
+        )
+        read = attention.mix(read, cos, sin, None)[0]
+        _calibrate_layers([attention.o_proj], read, [theirs + target["self_attn.o_proj"] - x])
+        x = x + attention.o_proj(read)
+
+        read = block.post_attention_layernorm(x)
+        wanted = [target["mlp.gate_proj"], target["mlp.up_proj"]]
+        _calibrate_layers([mlp.gate_proj, mlp.up_proj], read, wanted)
+        read = mlp.gate(read)
+        _calibrate_layers([mlp.down_proj], read, [after - x])
+        x = x + mlp.down_proj(read)
+        theirs = after
     return student

@@ -107,9 +107,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv, bias=False)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(
+    def mix(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, past: KV | None
     ) -> tuple[torch.Tensor, KV]:
+        """What o_proj reads, (B, T, C)."""
         b, t, c = x.shape
         q = self.q_proj(x).view(b, t, self.heads, self.head_size)
         k = self.k_proj(x).view(b, t, self.kv_heads, self.head_size)
@@ -124,7 +125,13 @@ class Attention(nn.Module):
             seen = torch.ones(t, k.size(2), dtype=torch.bool, device=x.device)
             mask = seen.tril(k.size(2) - t)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
-        return self.o_proj(y.transpose(1, 2).reshape(b, t, c)), (k, v)
+        return y.transpose(1, 2).reshape(b, t, c), (k, v)
+
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, past: KV | None
+    ) -> tuple[torch.Tensor, KV]:
+        mixed, present = self.mix(x, cos, sin, past)
+        return self.o_proj(mixed), present
 
 
 class MLP(nn.Module):
@@ -134,8 +141,12 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
+    def gate(self, x: torch.Tensor) -> torch.Tensor:
+        """What down_proj reads."""
+        return F.silu(self.gate_proj(x)) * self.up_proj(x)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gate(x))
 
 
 class Block(nn.Module):

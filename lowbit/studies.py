@@ -131,23 +131,32 @@ def tuned_flags(rate: float, schedule: str, decay: float) -> list[str]:
 # ------------------------------------------------------------------------------------- studies
 
 
-def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, list[dict[str, Any]]]:
-    """The hybrid's runs at horizons around the smallest that reaches the target: from where it is
-    expected in growing strides until one is reached and one is not, then by halves; and one
-    beyond, for the interval. Horizon (steps) -> a record a seed."""
+def bracket(
+    bench: Bench, task: Task, seeds: int, reference: Sequence[float]
+) -> dict[int, list[dict[str, Any]]]:
+    """The hybrid's runs at horizons around the smallest whose mean reaches the reference's: from
+    where it is expected in growing strides until one is reached and one is not, then by halves;
+    then more beyond, until (nearly) every resample reaches its target, too. Where runs may not be
+    done, only horizons that were. Horizon (steps) -> a record a seed."""
+    target = float(np.mean(reference))
     horizons: dict[int, list[dict[str, Any]]] = {}
     unit = STEPS_PER_EPOCH * max(1, round(task.steps / GRID / STEPS_PER_EPOCH))
     points = task.steps // unit
 
+    def keys(point: int) -> list[dict[str, Any]]:
+        return [bench.key("Full hybrid", task.flags, point * unit, s) for s in range(seeds)]
+
     def reached(point: int) -> bool:
-        steps = point * unit
-        keys = [bench.key("Full hybrid", task.flags, steps, s) for s in range(seeds)]
-        horizons[steps] = bench.run(keys)
-        return bool(np.mean([r["final_loss"] for r in horizons[steps]]) <= target)
+        horizons[point * unit] = bench.run(keys(point))
+        return bool(np.mean([r["final_loss"] for r in horizons[point * unit]]) <= target)
+
+    def open_interval() -> bool:
+        losses = {h: [r["final_loss"] for r in rs] for h, rs in horizons.items()}
+        return math.isinf(steps_ratio(losses, reference, task.steps)["ci95"][1])
 
     low, high = 0, points + 1  # not reached, reached
     point, stride = round(task.expected * points), 1
-    while low < point < high:
+    while low < point < high and bench.can_run(keys(point)):
         if reached(point):
             high, point = point, max(point - stride, 1)
         else:
@@ -155,8 +164,12 @@ def bracket(bench: Bench, task: Task, seeds: int, target: float) -> dict[int, li
         if low and high <= points:
             point = (low + high) // 2
         stride *= 2
-    if high < points:
-        reached(high + 1)
+    beyond = high + 1
+    while beyond <= points and bench.can_run(keys(beyond)):
+        reached(beyond)
+        beyond += 1
+        if not open_interval():
+            break
     return dict(sorted(horizons.items()))
 
 
@@ -196,8 +209,8 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
         best, table = tune(bench, baseline, task)
         keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
         reference = bench.run(keys)
-        target = float(np.mean([r["final_loss"] for r in reference]))
-        return Comparison(best, table, reference, bracket(bench, task, seeds, target))
+        losses = [r["final_loss"] for r in reference]
+        return Comparison(best, table, reference, bracket(bench, task, seeds, losses))
 
     found = bench.together([partial(measure, *pair) for pair in pairs])
     summary: dict[str, Any] = {

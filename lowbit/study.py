@@ -25,7 +25,7 @@ import torch
 from scipy.special import stdtrit
 from tqdm import tqdm
 
-from lowbit import __version__
+from lowbit import UserError, __version__
 from lowbit.options import STEPS_PER_EPOCH
 
 RESAMPLES = 4000
@@ -39,14 +39,17 @@ T = TypeVar("T")
 
 def machine() -> dict[str, Any]:
     """What a reader needs to place the numbers."""
-    root = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=root,
-        text=True,
-        capture_output=True,
-        check=False,
-    ).stdout.strip()
+
+    def git(*words: str) -> str:
+        root = Path(__file__).parent.parent
+        return subprocess.run(
+            ["git", *words], cwd=root, text=True, capture_output=True, check=False
+        ).stdout.strip()
+
+    commit = git("describe", "--always")
+    # What a study writes, and what it goes on from, doesn't make the code another one.
+    if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks"):
+        commit += "-dirty"
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -100,7 +103,8 @@ class Bench:
     run_once(method, flags, task's flags, seed) -> what a run gave, with turn=f as in `alternate`
     where its time counts; methods: name -> flags. With jobs > 1 run_once must be a function of a
     module, to be called in other processes; timed_pairs: of runs that a study does for their
-    seconds alone. `close` it in the end.
+    seconds alone; from_log: no run is done, UserError names the first that is missing. `close`
+    it in the end.
     """
 
     def __init__(
@@ -111,9 +115,11 @@ class Bench:
         run_once: Callable[..., dict[str, Any]],
         methods: Mapping[str, Sequence[str]],
         timed_pairs: int = TIMED_PAIRS,
+        from_log: bool = False,
     ) -> None:
         self.folder, self.jobs, self.device = folder, jobs, device
         self.run_once, self.methods, self.timed_pairs = run_once, methods, timed_pairs
+        self.from_log = from_log
         self.log = RunLog(folder / "runs.jsonl")
         self.where = machine()
         self.bar = tqdm(unit="run", file=sys.stderr, leave=False)
@@ -140,6 +146,12 @@ class Bench:
         keys = list(keys)
         with self._lock:
             missing = [k for k in keys if self.log.find(k) is None]
+            if missing and self.from_log:
+                k = missing[0]
+                raise UserError(
+                    f"{self.log.path} has no run of {k['method']}, seed {k['seed']}, with "
+                    f"{' '.join([*k['task'], *k['flags']])}; leave out --from_log"
+                )
             if self.jobs > 1:
                 running = {self._start(k): k for k in missing}
             else:
@@ -155,6 +167,9 @@ class Bench:
             found = [r for r in map(self.log.find, keys) if r is not None]
             self.used |= {id(r): r for r in found}
         return found
+
+    def can_run(self, keys: Iterable[dict[str, Any]]) -> bool:
+        return not self.from_log or all(self.log.find(k) is not None for k in keys)
 
     def together(self, parts: Sequence[Callable[[], T]]) -> list[T]:
         """What the parts of a study return. With several jobs they ask for their runs at the same
@@ -223,7 +238,7 @@ class Bench:
                 }
                 for (method, task, extra), steps in sides
             ]
-            if None in [self.log.find(k) for k in keys]:
+            if None in [self.log.find(k) for k in keys] and not self.from_log:
                 self._expect(len(keys))
                 self.bar.set_description(f"in turns, seed {seed}")
                 results = alternate([partial(self.run_once, *_arguments(k)) for k in keys])

@@ -180,25 +180,32 @@ def plot_study(path: Path, name: str, tasks: dict[str, Any]) -> None:
     atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))
 
 
+def made_of(used: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Commits, versions and machines of runs, each what occurs: "a, b"."""
+    names = ("commit", "version", "python", "torch", "numpy", "cpu", "threads", "cuda")
+    return {
+        name: ", ".join(sorted({str(r[name]) for r in used if r.get(name) is not None}))
+        for name in names
+    }
+
+
 def study_readme(
     name: str, about: str, command: str, used: Sequence[dict[str, Any]], kept: int
 ) -> str:
     """Where a study's numbers come from. about: what it measures; used: the runs in its summary;
     kept: lines in its log."""
 
-    def every(key: str) -> str:
-        return ", ".join(sorted({str(r[key]) for r in used if r.get(key) is not None}))
-
+    where = made_of(used)
     left = kept - len(used)
     return "\n".join(
         [
             f"# {name}\n",
             f"{' '.join(about.split())} Losses are those on held-out data.\n",
             f"- Command: `{command}`",
-            f"- Machine: {every('cuda') or every('cpu')}, {every('threads')} threads",
-            f"- Versions: {every('version')}, Python {every('python')}, torch {every('torch')}, "
-            f"numpy {every('numpy')}",
-            f"- Commit: {every('commit')} (each run's own is in its line of `runs.jsonl`)",
+            f"- Machine: {where['cuda'] or where['cpu']}, {where['threads']} threads",
+            f"- Versions: {where['version']}, Python {where['python']}, torch {where['torch']}, "
+            f"numpy {where['numpy']}",
+            f"- Commit: {where['commit']} (each run's own is in its line of `runs.jsonl`)",
             f"- Withheld: nothing; {left} of the {kept} runs in `runs.jsonl` are not part of "
             "`summary.json`, because its command does not ask for them",
             "",

@@ -148,7 +148,7 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
 def test_horizons_are_bracketed_from_both_sides(law, tmp_path, target, hit):
     """The hybrid's loss is 1 + 50 / steps by the law of these runs."""
     bench = Bench(tmp_path, 1, "cpu", benchmark.run_once, studies.METHODS)
-    found = studies.bracket(bench, studies.TASKS["toy"], 1, target)
+    found = studies.bracket(bench, studies.TASKS["toy"], 1, [target])
     good = [h for h, rs in found.items() if rs[0]["final_loss"] <= target]
     assert min(good, default=None) == hit
     assert list(found) == sorted(found)
