@@ -280,6 +280,11 @@ def batch_of(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, t
     return ids[:, :-1], ids[:, 1:]
 
 
+def quant_strength(s: Setup, t: int) -> float:
+    """How far step t's forward pass rounds, 0 to 1: linear over --quant_warmup of the run."""
+    return min(1.0, t / (s.options.quant_warmup * s.max_steps)) if s.options.quant_warmup else 1.0
+
+
 def make_step(
     s: Setup,
     manager: HybridOptimizationManager | None,
@@ -290,7 +295,6 @@ def make_step(
     o = s.options
     peaks = [[g["lr"] for g in opt.param_groups] for opt in baseline]
     bf16 = s.device.type == "cuda"
-    ramp = o.quant_warmup * s.max_steps
     same_blocks = (
         s.student.config.num_hidden_layers == s.teacher.config.num_hidden_layers
         and s.student.config.hidden_size == s.teacher.config.hidden_size
@@ -307,7 +311,7 @@ def make_step(
         with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16):
             with torch.no_grad():
                 target = s.teacher(inputs)
-            with strength(s.student, min(1.0, t / ramp) if ramp else 1.0):
+            with strength(s.student, quant_strength(s, t)):
                 out = s.student(inputs)
         ce, kl = distillation_terms(out.logits, target.logits, labels, o.temperature)
         each = o.alpha * ce + (1 - o.alpha) * kl
@@ -475,6 +479,7 @@ def train(
             if o.qat:
                 now = snapshot_codes(s.student)
                 row["code_flips"], codes = count_flips(codes, now), now
+                row["quant_strength"] = quant_strength(s, t - 1)
             if manager and o.use_clustering:
                 where = clusters[np.concatenate(picked)]
                 for k in range(o.data_clusters):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import platform
 import subprocess
 import sys
@@ -194,7 +195,7 @@ class Bench:
                 self._pool = ProcessPoolExecutor(
                     self.jobs,
                     mp_context=multiprocessing.get_context(START_METHOD),
-                    initializer=torch.set_num_threads,
+                    initializer=_begin,
                     initargs=(max(1, torch.get_num_threads() // self.jobs),),
                 )
             self._expect(1)
@@ -249,6 +250,23 @@ class Bench:
         return runs
 
 
+def _follow_parent() -> None:
+    """Called in a process of a study: it doesn't outlive one that was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _begin(threads: int) -> None:
+    _follow_parent()
+    torch.set_num_threads(threads)
+
+
 def _arguments(key: Mapping[str, Any]) -> tuple[str, list[str], list[str], int]:
     return key["method"], key["flags"], key["task"], key["seed"]
 
@@ -293,6 +311,7 @@ def alternate(runs: Sequence[Callable[..., T]]) -> list[T]:
 
 def _side(run: Callable[..., Any], pipe: Connection) -> None:
     """A process of `alternate`."""
+    _follow_parent()
 
     def turn(share: float) -> float:
         started = time.perf_counter()

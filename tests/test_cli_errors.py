@@ -121,6 +121,7 @@ def test_unknown_flags_and_choices(fails: Fails, flags: list[str], message: str)
         (["--use_clustering=false"], "--use_clustering needs --hybrid"),
         (["--hybrid", "--optimizer", "muon"], "--optimizer muon contradicts --hybrid"),
         (["--learnable_scale"], "--learnable_scale needs --qat"),
+        (["--quant_warmup=0.5"], "--quant_warmup needs --qat"),
         (["--hybrid", "--use_clustering=0", "--data_clusters=4"],
          "--data_clusters contradicts --use_clustering=false"),
         (["--hybrid", "--use_clustering=no", "--clustering_warmup_epochs=1"],

@@ -121,6 +121,23 @@ def test_metrics_rows(run):
 
 
 @pytest.mark.parametrize(
+    ("flags", "strengths"),
+    [
+        (["--hybrid"], [2 / 9.6, 5 / 9.6, 8 / 9.6, 1]),  # four epochs of three steps, 0.8 of them
+        (["--hybrid", "--quant_warmup=0"], [1, 1, 1, 1]),
+        (["--quant_warmup=0.5"], [2 / 6, 5 / 6, 1, 1]),
+        ([], [1, 1, 1, 1]),
+    ],
+)
+def test_quantization_warms_up_from_scratch(run, flags, strengths):
+    _, _, folder = run(
+        "--ternary", "--qat", "--student_init=random", "--epochs=4", "--save_metrics", *flags
+    )
+    rows = rows_of(folder / "student_metrics.csv")
+    assert [float(r["quant_strength"]) for r in rows] == pytest.approx(strengths)
+
+
+@pytest.mark.parametrize(
     ("flags", "name"),
     [
         (["--ternary", "--qat"], "student_quantized_ternary_1.58bit_qat.npz"),
@@ -204,6 +221,7 @@ def test_every_parameter_moves(run, tiny_teacher):
         ["--samples_per_epoch", "20"],
         ["--learnable_scale"],
         ["--calibrate=false"],
+        ["--quant_warmup", "1"],
         ["--student_size", "small", "--student_init", "random"],
     ],
     ids=lambda f: " ".join(f),

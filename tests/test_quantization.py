@@ -22,6 +22,7 @@ from lowbit.quantization import (
     round_scale,
     sign_codes,
     snapshot_codes,
+    strength,
     ternary_codes,
 )
 from lowbit.student import LINEAR_NAMES, CausalLM, ModelConfig
@@ -379,6 +380,30 @@ def test_latent_restores_the_float_forward(learnable: bool) -> None:
     with pytest.raises(RuntimeError, match="inside"), latent(model):
         raise RuntimeError("inside")
     assert torch.equal(model(ids).logits, quantized)
+
+
+@pytest.mark.parametrize("mode", ["ternary", "1bit"])
+@pytest.mark.parametrize("learnable", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_strength_rounds_a_share_of_the_way(mode: str, learnable: bool, share: float) -> None:
+    """The weight that the layer uses lies between latent and rounded; gradients go straight
+    through where scales are closed forms; codes and what comes after are not concerned."""
+    layer = QATLinear.from_linear(nn.Linear(16, 8, bias=False), mode, "row", learnable)
+    model = nn.Sequential(layer)
+    rounded = layer.quantized_weight().detach()
+    codes = layer.codes_and_scale()[0]
+    with strength(model, share):
+        used = layer.quantized_weight()
+        assert torch.equal(layer.codes_and_scale()[0], codes)
+    w = layer.weight.detach()
+    torch.testing.assert_close(used.detach(), w + share * (rounded - w))
+    (used * gaussian(8, 16)).sum().backward()
+    if not learnable:
+        torch.testing.assert_close(layer.weight.grad, gaussian(8, 16))
+    assert torch.equal(layer.quantized_weight(), rounded)
+    with pytest.raises(RuntimeError, match="inside"), strength(model, share):
+        raise RuntimeError("inside")
+    assert layer.strength == 1
 
 
 @given(rows=matrices())

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
+from toys import toy_run
 
-from lowbit import study
+from lowbit import UserError, study
 from lowbit.study import (
     RunLog,
     estimate,
@@ -112,3 +118,83 @@ def test_a_run_that_fails_is_heard_of(monkeypatch):
 
     with pytest.raises(ValueError, match="no"):
         study.alternate([fail, lambda turn: turn(0.2)])
+
+
+# --------------------------------------------------------------------------------- runs at once
+
+
+@pytest.fixture
+def notes(tmp_path):
+    """A file to which toy runs write; it names the method, too."""
+    return str(tmp_path / "notes")
+
+
+def test_parts_of_a_study_share_their_runs(tmp_path, notes):
+    """Two parts want overlapping runs at the same time: each run is done and logged once."""
+    bench = study.Bench(tmp_path, 2, "cpu", toy_run, {notes: []})
+    keys = [bench.key(notes, "", 16, seed) for seed in range(4)]
+    parts = [partial(bench.run, keys[:3]), partial(bench.run, keys[:0:-1])]
+    found = bench.together(parts)
+    bench.close()
+    assert [[r["final_loss"] for r in rs] for rs in found] == [[0, 1, 2], [3, 2, 1]]
+    assert len(Path(notes).read_text().splitlines()) == 4
+    assert sorted(r["seed"] for r in RunLog(tmp_path / "runs.jsonl").runs) == [0, 1, 2, 3]
+
+
+def test_a_part_that_fails_ends_the_study_and_finished_runs_stay(tmp_path, notes):
+    bench = study.Bench(tmp_path, 2, "cpu", toy_run, {notes: []})
+    good = bench.run([bench.key(notes, "", 16, 0)])
+    bad = bench.key(notes, "", 16, 1, ["fail"])
+    with pytest.raises(ValueError, match="no"):
+        bench.together([partial(bench.run, [bad]), partial(bench.run, [bad])])
+    assert RunLog(tmp_path / "runs.jsonl").runs == good
+
+
+def test_a_summary_from_the_log_alone(tmp_path, notes):
+    bench = study.Bench(tmp_path, 1, "cpu", toy_run, {notes: []})
+    key, other = (bench.key(notes, "", 16, seed) for seed in range(2))
+    bench.run([key])
+    bench = study.Bench(tmp_path, 1, "cpu", toy_run, {notes: []}, from_log=True)
+    assert bench.run([key])[0]["final_loss"] == 0
+    assert bench.can_run([key])
+    assert not bench.can_run([key, other])
+    with pytest.raises(UserError, match=r"no run of .*seed 1.*--from_log"):
+        bench.run([other])
+
+
+def test_no_run_outlives_a_study_that_was_killed(tmp_path, notes):
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from toys import toy_run
+from lowbit.study import Bench
+if __name__ == "__main__":
+    bench = Bench(Path({str(tmp_path)!r}), 2, "cpu", toy_run, {{{notes!r}: []}})
+    bench.run([bench.key({notes!r}, "", 16, seed, ["last"]) for seed in range(2)])
+"""
+    (tmp_path / "script.py").write_text(script)
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    study_process = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=environment)
+
+    def eventually(found):
+        until = time.monotonic() + 60
+        while not found() and time.monotonic() < until:
+            time.sleep(0.1)
+        return found()
+
+    def begun():
+        return Path(notes).read_text().split() if Path(notes).exists() else []
+
+    assert eventually(lambda: len(begun()) == 2)
+    study_process.kill()
+    study_process.wait()
+    # What is gone, or a zombie that nobody waits for, runs no more.
+    assert eventually(lambda: not any(alive(pid) for pid in begun()))
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path("/proc", pid, "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
