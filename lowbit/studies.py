@@ -181,6 +181,8 @@ def side_by_side(
     steps."""
     tuned, plain = (baseline, task.flags, flags), ("Full hybrid", task.flags, ())
     theirs, ours = bench.take_turns([(tuned, task.steps), (plain, steps)], pairs)
+    if not theirs:  # a log without timed runs
+        return {}
     return {
         f"{name}_ratio": ratio([r[column] for r in ours], [r[column] for r in theirs])
         for name, column in (("seconds", "seconds"), ("step_time", "step_seconds"))

@@ -228,7 +228,8 @@ class Bench:
     def take_turns(self, sides: Sequence[tuple[Setting, int]], pairs: int) -> list[list[dict]]:
         """For each side, a setting and its steps, a record a seed: runs whose times are compared.
         Those of a seed take turns an epoch long (`alternate`), whatever --jobs, so that a machine
-        whose speed drifts is as fast for one as for the other."""
+        whose speed drifts is as fast for one as for the other. From the log: pairs that are there.
+        """
         runs: list[list[dict]] = [[] for _ in sides]
         for seed in range(pairs):
             keys = [
@@ -239,7 +240,9 @@ class Bench:
                 }
                 for (method, task, extra), steps in sides
             ]
-            if None in [self.log.find(k) for k in keys] and not self.from_log:
+            if not self.can_run(keys):
+                continue
+            if None in [self.log.find(k) for k in keys]:
                 self._expect(len(keys))
                 self.bar.set_description(f"in turns, seed {seed}")
                 results = alternate([partial(self.run_once, *_arguments(k)) for k in keys])

@@ -142,6 +142,21 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     count = len(law)
     study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW")
     assert len(law) == count  # all from the log
+    again = study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW", "--from_log")
+    assert again == entry
+    # Without timed runs, and a horizon less: what is left decides.
+    log = folder / "runs.jsonl"
+    rows = [json.loads(x) for x in lines]
+    kept = [r for r in rows if "purpose" not in r and r["task"][-1] != "9"]
+    log.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    less = study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW", "--from_log")
+    assert "seconds_ratio_vs_adamw" not in less
+    assert less["steps_ratio_vs_adamw"]["value"] == 0.5
+    assert len(law) == count
+    log.write_text("")
+    command = ["--study", "convergence", "--tasks", "toy", "--from_log", "--methods", "AdamW"]
+    assert benchmark.main([*command, "--output_dir", str(tmp_path)]) == 2
+    assert "no run of AdamW, seed 1000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("target", "hit"), [(1.625, 80), (1.2, 256), (0.5, None)])
