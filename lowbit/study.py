@@ -48,8 +48,8 @@ def machine() -> dict[str, Any]:
         ).stdout.strip()
 
     commit = git("describe", "--always")
-    # What a study writes, and what it goes on from, doesn't make the code another one.
-    if git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks"):
+    # Documents, and what a study writes, don't make it another code.
+    if git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "lowbit/data"):
         commit += "-dirty"
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
