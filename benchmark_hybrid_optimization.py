@@ -199,8 +199,10 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
     if len(paired) == 2 and "--qat" in words:
         task = " ".join("--calibrate=false" if w == "--qat" else w for w in words)
         full_keys = [bench.key(m, task, steps, s) for s in range(o.seeds) for m in paired]
-    runs, full = bench.run(keys), bench.run(full_keys)
-    bench.close()
+    try:
+        runs, full = bench.run(keys), bench.run(full_keys)
+    finally:
+        bench.close()
     summary = {"task": keys[0]["task"], **bench.where, **summarise(runs, o.target)}
     print("\n".join(format_table(summary)))
     if full:
@@ -224,8 +226,10 @@ def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[
     function, seeds, tasks, methods = STUDIES[name]
     bench = Bench(folder, o.jobs, o.device, run_once, METHODS, o.timed_pairs, o.from_log)
     seeds = o.seeds if o.seeds is not None else seeds
-    found = function(bench, seeds, o.tasks or tasks, o.methods or methods)
-    bench.close()
+    try:
+        found = function(bench, seeds, o.tasks or tasks, o.methods or methods)
+    finally:
+        bench.close()
     used = list(bench.used.values())
     print(name)
     print_summary(found)
@@ -233,14 +237,16 @@ def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[
         bench.log.path,
         write_json(folder / "summary.json", {"study": name, **made_of(used), **found}),
     ]
+    readme = folder / "README.md"
     text = study_readme(
         name,
         function.__doc__,
         shlex.join(["python", "benchmark_hybrid_optimization.py", *command]),
         used,
         len(bench.log.runs),
+        readme.read_text("utf-8") if readme.exists() else "",
     )
-    written.append(atomic_write(folder / "README.md", lambda f: f.write(text.encode())))
+    written.append(atomic_write(readme, lambda f: f.write(text.encode())))
     picture = folder / "summary.png"
     finish(written, picture, lambda: plot_study(picture, name, found["tasks"]))
 
@@ -302,6 +308,8 @@ def main(argv: list[str] | None = None) -> int:
             for name in STUDIES if o.study == "all" else [o.study]:
                 run_study(name, o, prepare_folder(Path(o.output_dir) / name), argv)
         else:
+            if o.from_log:
+                raise UserError("--from_log goes with --study")
             o.seeds = o.seeds or 3
             parse_options(o.task.split())
             quick_look(o, prepare_folder(o.output_dir))

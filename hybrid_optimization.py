@@ -646,8 +646,9 @@ class _Bucket:
 
     def norm(self, x: Tensor) -> Tensor:
         """(count,): the 2-norm of each."""
-        dims = None if self.alone else tuple(range(1, x.ndim))
-        return torch.linalg.vector_norm(x, dim=dims, dtype=torch.float32).reshape(-1)
+        if self.alone:
+            return torch.linalg.vector_norm(x, dtype=torch.float32).reshape(1)
+        return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1, dtype=torch.float32)
 
     def __contains__(self, name: str) -> bool:
         return all(name in state for state in self.states)
@@ -832,7 +833,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 "centre": torch.tensor(radius, device=device),
                 "log_factor": torch.zeros(count, device=device),
             }
-        return self.state["region"]  # type: ignore[index]
+        region = self.state["region"]  # type: ignore[index]
+        device = next((p.device for g in self.param_groups for p in g["params"]), None)
+        if device is not None and region["centre"].device != device:
+            # load_state_dict moves what belongs to a parameter only.
+            region.update({name: x.to(device) for name, x in region.items()})
+        return region
 
     def _clusters(self, group: dict[str, Any]) -> list[int]:
         return group["clusters"] or [0] * len(group["params"])

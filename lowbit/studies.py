@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lowbit import UserError
 from lowbit.options import DEFAULT_LR, STEPS_PER_EPOCH
 from lowbit.study import Bench, gap_reduction, mean_interval, ratio, smallest_horizon, steps_ratio
 
@@ -136,8 +137,8 @@ def bracket(
 ) -> dict[int, list[dict[str, Any]]]:
     """The hybrid's runs at horizons around the smallest whose mean reaches the reference's: from
     where it is expected in growing strides until one is reached and one is not, then by halves;
-    then more beyond, until (nearly) every resample reaches its target, too. Where runs may not be
-    done, only horizons that were. Horizon (steps) -> a record a seed."""
+    then more beyond, until (nearly) every resample reaches its target, too. From a log: every
+    horizon that is there with all seeds. Horizon (steps) -> a record a seed."""
     target = float(np.mean(reference))
     horizons: dict[int, list[dict[str, Any]]] = {}
     unit = STEPS_PER_EPOCH * max(1, round(task.steps / GRID / STEPS_PER_EPOCH))
@@ -154,9 +155,16 @@ def bracket(
         losses = {h: [r["final_loss"] for r in rs] for h, rs in horizons.items()}
         return math.isinf(steps_ratio(losses, reference, task.steps)["ci95"][1])
 
+    if bench.from_log:
+        for point in range(1, points + 1):
+            if bench.can_run(keys(point)):
+                reached(point)
+        if not horizons:
+            raise UserError(f"{bench.log.path} has no horizon with {seeds} runs of the hybrid")
+        return horizons
     low, high = 0, points + 1  # not reached, reached
     point, stride = round(task.expected * points), 1
-    while low < point < high and bench.can_run(keys(point)):
+    while low < point < high:
         if reached(point):
             high, point = point, max(point - stride, 1)
         else:
@@ -165,7 +173,7 @@ def bracket(
             point = (low + high) // 2
         stride *= 2
     beyond = high + 1
-    while beyond <= points and bench.can_run(keys(beyond)):
+    while beyond <= points:
         reached(beyond)
         beyond += 1
         if not open_interval():
@@ -298,6 +306,8 @@ def overhead(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[s
     summary: dict[str, Any] = {}
     for name in tasks:
         runs = bench.take_turns([((m, TASKS[name].flags, ()), RUN) for m in PAIR], seeds)
+        if not runs[0]:
+            raise UserError(f"{bench.log.path} has no pair of runs that took turns on {name}")
         adamw, hybrid = ([r["step_seconds"] for r in side] for side in runs)
         summary[name] = {
             "adamw_step_seconds": mean_interval(adamw),
@@ -337,8 +347,11 @@ def ablation(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[s
     for name in tasks:
         flags = TASKS[name].flags
         rows = [m for m in METHODS if "Hybrid" in m or m.startswith(("AdamW", "Full"))]
-        idle = "warm-up" if "--student_init teacher" in flags else "calibration"
-        rows = [m for m in rows if idle not in m]
+        words = flags.split()
+        if "teacher" not in words:
+            rows = [m for m in rows if "calibration" not in m]
+        if "teacher" in words or "--qat" not in words:
+            rows = [m for m in rows if "warm-up" not in m]
         settings = [(m, flags, ()) for m in rows]
         losses, kl = (bench.losses(settings, RUN, seeds, x) for x in ("final_loss", "final_kl"))
         whole = losses[rows.index("Full hybrid")]

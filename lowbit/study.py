@@ -130,10 +130,16 @@ class Bench:
         self._lock = threading.RLock()  # of everything above: parts of a study are threads
 
     def close(self) -> None:
-        """No more runs: those that wait are dropped."""
+        """No more runs: those that wait, or are not finished, are dropped, and who waits for one
+        of them is told."""
         self.bar.close()
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            # Not cancel_futures: who waits for a run that was cancelled would not be woken.
+            for process in list((getattr(pool, "_processes", None) or {}).values()):
+                process.terminate()
+            pool.shutdown(wait=False)
 
     def key(
         self, method: str, task: str, steps: int, seed: int, extra: Sequence[str] = ()
@@ -209,7 +215,8 @@ class Bench:
     def _keep(self, key: dict[str, Any], result: dict[str, Any]) -> None:
         with self._lock:
             if self.log.find(key) is None:
-                self.log.append({**key, **result, **self.where})
+                threads = max(1, self.where["threads"] // (1 if "purpose" in key else self.jobs))
+                self.log.append({**key, **result, **self.where, "threads": threads})
                 self.bar.update()
 
     def losses(
@@ -232,13 +239,16 @@ class Bench:
         """
         runs: list[list[dict]] = [[] for _ in sides]
         for seed in range(pairs):
+            plain = [self.key(*side[:2], steps, seed, side[2]) for side, steps in sides]
             keys = [
                 {
-                    **self.key(method, task, steps, seed, extra),
+                    **key,
                     "purpose": "timing, turns an epoch long, a process each",
-                    "cpu": self.where["cpu"],
+                    "beside": [[k["method"], k["task"], k["flags"]] for k in plain if k is not key],
+                    # Times of two machines don't mix, but a log may be another machine's.
+                    **({} if self.from_log else {"cpu": self.where["cpu"]}),
                 }
-                for (method, task, extra), steps in sides
+                for key in plain
             ]
             if not self.can_run(keys):
                 continue

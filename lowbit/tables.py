@@ -190,10 +190,10 @@ def made_of(used: Sequence[dict[str, Any]]) -> dict[str, str]:
 
 
 def study_readme(
-    name: str, about: str, command: str, used: Sequence[dict[str, Any]], kept: int
+    name: str, about: str, command: str, used: Sequence[dict[str, Any]], kept: int, before: str
 ) -> str:
     """Where a study's numbers come from. about: what it measures; used: the runs in its summary;
-    kept: lines in its log."""
+    kept: lines in its log; before: the README so far, whose remarks by hand stay."""
 
     where = made_of(used)
     left = kept - len(used)
@@ -208,6 +208,7 @@ def study_readme(
             f"- Commit: {where['commit']} (each run's own is in its line of `runs.jsonl`)",
             f"- Withheld: nothing; {left} of the {kept} runs in `runs.jsonl` are not part of "
             "`summary.json`, because its command does not ask for them",
+            *(x for x in before.splitlines() if x.startswith("- Read with care")),
             "",
         ]
     )

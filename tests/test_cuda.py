@@ -78,7 +78,7 @@ def test_resume_is_bit_exact(tmp_path: Path):
         opt.step()
     resumed = make_net(seed=5).to(DEVICE)
     other = ConstrainedOptimizer(resumed, lr=1.0)
-    weights, state = torch.load(tmp_path / "state.pt", weights_only=True, map_location=DEVICE)
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True, map_location="cpu")
     resumed.load_state_dict(weights)
     other.load_state_dict(state)
     for t in range(9, 20):

@@ -150,6 +150,16 @@ def test_a_part_that_fails_ends_the_study_and_finished_runs_stay(tmp_path, notes
     assert RunLog(tmp_path / "runs.jsonl").runs == good
 
 
+def test_a_failure_wakes_a_part_that_waits_for_more_runs_than_fit(tmp_path, notes):
+    """The other part's runs would last minutes, and most of them have not begun."""
+    bench = study.Bench(tmp_path, 2, "cpu", toy_run, {notes: []})
+    bad = bench.key(notes, "", 16, 1, ["fail"])
+    long = [bench.key(notes, "", 16, seed, ["last"]) for seed in range(9)]
+    with pytest.raises(ValueError, match="no"):
+        bench.together([partial(bench.run, [bad]), partial(bench.run, long)])
+    assert len(Path(notes).read_text().splitlines()) <= 3
+
+
 def test_a_summary_from_the_log_alone(tmp_path, notes):
     bench = study.Bench(tmp_path, 1, "cpu", toy_run, {notes: []})
     key, other = (bench.key(notes, "", 16, seed) for seed in range(2))
@@ -162,6 +172,7 @@ def test_a_summary_from_the_log_alone(tmp_path, notes):
         bench.run([other])
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
 def test_no_run_outlives_a_study_that_was_killed(tmp_path, notes):
     script = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
