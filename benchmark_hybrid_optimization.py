@@ -8,10 +8,11 @@ study that was interrupted goes on where it stopped, and more seeds, tasks or me
 
 The quick look trains each method for the same steps. "Steps to Converge" is there the first
 validated step at which a run's loss reached the target: what the first method in the table ended
-at (its mean over seeds), unless --target gives another. The convergence study is stricter: steps
-to the target are the smallest horizon, with the schedule ending there, whose mean over seeds
-reaches what the tuned baseline ends at. "Final Loss" is measured on EVALUATION_WINDOWS held-out
-windows.
+at (its mean over seeds), unless --target gives another; a student whose quantisation still warms
+up is validated as it would be stored, which counts against it. The convergence study is stricter:
+steps to the target are the smallest horizon, with the schedule ending there, whose mean over
+seeds reaches what the tuned baseline ends at. "Final Loss" is measured on EVALUATION_WINDOWS
+held-out windows.
 """
 
 from __future__ import annotations
