@@ -157,7 +157,7 @@ def bracket(
 
     if bench.from_log:
         for point in range(1, points + 1):
-            if bench.can_run(keys(point)):
+            if not bench.missing(keys(point)):
                 reached(point)
         if not horizons:
             raise UserError(f"{bench.log.path} has no horizon with {seeds} runs of the hybrid")

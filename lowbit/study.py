@@ -121,6 +121,7 @@ class Bench:
         self.folder, self.jobs, self.device = folder, jobs, device
         self.run_once, self.methods, self.timed_pairs = run_once, methods, timed_pairs
         self.from_log = from_log
+        self.threads = max(1, torch.get_num_threads() // jobs)  # of a run, if it takes no turns
         self.log = RunLog(folder / "runs.jsonl")
         self.where = machine()
         self.bar = tqdm(unit="run", file=sys.stderr, leave=False)
@@ -152,7 +153,7 @@ class Bench:
         """The records of ``keys``, in their order."""
         keys = list(keys)
         with self._lock:
-            missing = [k for k in keys if self.log.find(k) is None]
+            missing = self.missing(keys)
             if missing and self.from_log:
                 k = missing[0]
                 raise UserError(
@@ -165,18 +166,19 @@ class Bench:
                 self._expect(len(missing))
         if self.jobs > 1:
             for future in as_completed(running):
-                self._keep(running[future], future.result())
+                self._keep(running[future], future.result(), self.threads)
         else:
             for k in missing:
                 self.bar.set_description(f"{k['method']}, seed {k['seed']}")
-                self._keep(k, self.run_once(*_arguments(k)))
+                self._keep(k, self.run_once(*_arguments(k)), self.threads)
         with self._lock:
             found = [r for r in map(self.log.find, keys) if r is not None]
             self.used |= {id(r): r for r in found}
         return found
 
-    def can_run(self, keys: Iterable[dict[str, Any]]) -> bool:
-        return not self.from_log or all(self.log.find(k) is not None for k in keys)
+    def missing(self, keys: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Those of which the log has no run."""
+        return [k for k in keys if self.log.find(k) is None]
 
     def together(self, parts: Sequence[Callable[[], T]]) -> list[T]:
         """What the parts of a study return. With several jobs they ask for their runs at the same
@@ -202,7 +204,7 @@ class Bench:
                     self.jobs,
                     mp_context=multiprocessing.get_context(START_METHOD),
                     initializer=_begin,
-                    initargs=(max(1, torch.get_num_threads() // self.jobs),),
+                    initargs=(self.threads,),
                 )
             self._expect(1)
             self._running[name] = self._pool.submit(self.run_once, *_arguments(key))
@@ -212,10 +214,9 @@ class Bench:
         self.bar.total = (self.bar.total or 0) + runs
         self.bar.refresh()
 
-    def _keep(self, key: dict[str, Any], result: dict[str, Any]) -> None:
+    def _keep(self, key: dict[str, Any], result: dict[str, Any], threads: int) -> None:
         with self._lock:
-            if self.log.find(key) is None:
-                threads = max(1, self.where["threads"] // (1 if "purpose" in key else self.jobs))
+            if self.missing([key]):
                 self.log.append({**key, **result, **self.where, "threads": threads})
                 self.bar.update()
 
@@ -250,14 +251,15 @@ class Bench:
                 }
                 for key in plain
             ]
-            if not self.can_run(keys):
+            missing = self.missing(keys)
+            if missing and self.from_log:
                 continue
-            if None in [self.log.find(k) for k in keys]:
+            if missing:
                 self._expect(len(keys))
                 self.bar.set_description(f"in turns, seed {seed}")
                 results = alternate([partial(self.run_once, *_arguments(k)) for k in keys])
                 for k, result in zip(keys, results, strict=True):
-                    self._keep(k, result)
+                    self._keep(k, result, self.where["threads"])
             for side, record in zip(runs, self.run(keys), strict=True):
                 side.append(record)
         return runs

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import backward, digits, make_net, same
+from toys import backward, digits, losses_plain_and_compiled, make_net, same
 
 from hybrid_optimization import (
     ConstrainedOptimizer,
@@ -583,14 +583,5 @@ def test_the_way_of_a_gpu_is_the_same_step():
 @pytest.mark.slow
 def test_compiled_model():
     """A model under torch.compile trains as the plain one (slow: it compiles)."""
-    x, y = digits(128)
-    plain, model = make_net(), make_net()
-    compiled = torch.compile(model)
-    losses = []
-    for m, root in ((plain, plain), (compiled, model)):
-        opt = ConstrainedOptimizer(root, lr=2e-3)
-        for _ in range(5):
-            loss = backward(m, x, y)
-            opt.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    plain, compiled = losses_plain_and_compiled("cpu", 128)
+    assert plain == pytest.approx(compiled, rel=1e-3)

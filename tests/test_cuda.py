@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from toys import backward, digits, make_net, same
+from toys import digits, losses_plain_and_compiled, make_net, same
 
 import benchmark_hybrid_optimization as benchmark
 import distillation
@@ -127,16 +127,8 @@ def test_mixed_precision_with_a_gradient_scaler():
 
 
 def test_compiled_model_trains_as_the_plain_one():
-    x, y = (t.to(DEVICE) for t in digits(256))
-    plain, model = make_net().to(DEVICE), make_net().to(DEVICE)
-    losses = []
-    for m, root in ((plain, plain), (torch.compile(model), model)):
-        opt = ConstrainedOptimizer(root, lr=2e-3)
-        for _ in range(5):
-            loss = backward(m, x, y)
-            opt.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    plain, compiled = losses_plain_and_compiled(DEVICE, 256)
+    assert plain == pytest.approx(compiled, rel=1e-2)
 
 
 @pytest.mark.parametrize("mode", ["ternary", "1bit"])

@@ -166,8 +166,8 @@ def test_a_summary_from_the_log_alone(tmp_path, notes):
     bench.run([key])
     bench = study.Bench(tmp_path, 1, "cpu", toy_run, {notes: []}, from_log=True)
     assert bench.run([key])[0]["final_loss"] == 0
-    assert bench.can_run([key])
-    assert not bench.can_run([key, other])
+    assert bench.missing([key]) == []
+    assert bench.missing([key, other]) == [other]
     with pytest.raises(UserError, match=r"no run of .*seed 1.*--from_log"):
         bench.run([other])
 

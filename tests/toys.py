@@ -11,6 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from hybrid_optimization import ConstrainedOptimizer
+
 
 def make_net(seed: int = 0) -> nn.Module:
     """A model that is not ours: convolution, normalisation, embedding-free, with biases."""
@@ -39,6 +41,20 @@ def backward(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor
     loss = F.cross_entropy(model(x), y)
     loss.backward()
     return loss
+
+
+def losses_plain_and_compiled(device: str, n: int) -> list[float]:
+    """After five steps on n digits: of a model, and of the same under torch.compile."""
+    x, y = (t.to(device) for t in digits(n))
+    plain, model = make_net().to(device), make_net().to(device)
+    losses = []
+    for m, root in ((plain, plain), (torch.compile(model), model)):
+        optimizer = ConstrainedOptimizer(root, lr=2e-3)
+        for _ in range(5):
+            loss = backward(m, x, y)
+            optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 def toy_run(method: str, flags: list[str], task: list[str], seed: int) -> dict:
