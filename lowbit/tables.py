@@ -137,8 +137,9 @@ def _draw_horizons(ax: Any, entry: dict[str, Any]) -> None:
     baselines = [k for k in entry if k.endswith("_loss")]
     for i, key in enumerate(baselines, 1):
         mean, half = entry[key]
-        label = f"tuned {key.removesuffix('_loss')}"
-        where = [entry["baseline_steps"]], [mean]
+        name = key.removesuffix("_loss")
+        label = f"tuned {name}"
+        where = [entry[f"{name}_steps"]], [mean]
         ax.errorbar(*where, [half], marker="s", capsize=3, color=f"C{i}", label=label)
         ax.axhline(mean, color=f"C{i}", ls="--", lw=1)
     ax.set(xlabel="steps of the whole run", ylabel="final validation loss, nats a byte")

@@ -159,6 +159,15 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert "no run of AdamW, seed 1000" in capsys.readouterr().err
 
 
+def test_muon_is_given_half_of_the_steps(law, tmp_path):
+    entry = study("convergence", tmp_path, "--seeds", "1", "--methods", "AdamW", "Muon")
+    assert (entry["adamw_steps"], entry["muon_steps"]) == (320, 160)
+    assert {steps for method, steps, _, _ in law if method == "Muon"} == {160}
+    assert entry["muon_loss"][0] == 1 + 100 / 160
+    assert entry["steps_ratio_vs_muon"]["value"] == 0.5  # 80 steps
+    assert entry["steps_ratio_vs_adamw"]["value"] == 0.5
+
+
 @pytest.mark.parametrize(("target", "hit"), [(1.625, 80), (1.2, 256), (0.5, None)])
 def test_horizons_are_bracketed_from_both_sides(law, tmp_path, target, hit):
     """The hybrid's loss is 1 + 50 / steps by the law of these runs."""
@@ -177,7 +186,11 @@ def test_the_other_studies_summarise(law, tmp_path, capsys):
     assert entry["Full hybrid"]["worst_excess_loss"] == 0
     assert entry["AdamW"]["worst_excess_loss"] > 1
     entry = study("quantization", tmp_path)
+    # AdamW at its best rate is at 1 + 100 / 320, the hybrid at 1 + 50 / 320, of every kind.
     assert entry["ternary"]["gap_reduction"]["value"] == pytest.approx(1)
+    assert entry["ternary"]["adamw_gap"] == pytest.approx(50 / 320)
+    assert entry["1bit"]["kl_ratio"]["value"] == pytest.approx(1.15625 / 1.3125, rel=1e-3)
+    assert entry["tuning"]["full_precision"]["chosen"][:2] == ["--lr", "2"]
     assert entry["1bit"]["adamw_gap"] > 0
     entry = study("overhead", tmp_path)
     assert entry["step_time_ratio"]["value"] == 1
