@@ -913,10 +913,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             share = layout.times(1 / length.clamp_min(1e-30), decays)
             for i, (bucket, mine, d, scale) in enumerate(moves):
                 weights = bucket.gather(params[mine]).to(d.dtype)
-                part = share[mine].to(d.device)
-                d.mul_(bucket.column(scale)).addcmul_(weights, bucket.column(part))
-                moves[i] = bucket, mine, d, torch.ones_like(part)
-                sizes[i] = bucket.norm(d)
+                part = share[mine].to(d.device) / scale
+                d.addcmul_(weights, bucket.column(part))
+                sizes[i] = bucket.norm(d) * scale
         proposed = torch.cat([n.to(device) for n in sizes])
 
         region = self._region
@@ -1119,7 +1118,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         # matrices bear longer steps than square ones (EXPERIMENTS.md).
         gain = factor * self.WHITENED_GAIN * math.sqrt(large * min(large / small, 4.0))
         length = bucket.norm(ahead) * gain
-        scale = length / bucket.norm(d).clamp_min(1e-30)
+        scale = torch.where(length > 0, length / bucket.norm(d).clamp_min(1e-30), 1.0)
         d = d.view(*lead, large, small)
         return (d.mT if wide else d).reshape(*lead, *bucket.shape), scale, length
 

@@ -27,7 +27,7 @@ def mean_magnitude(w: torch.Tensor, scope: str) -> torch.Tensor:
     """Mean of |w| a row, (out, 1), or of the matrix, (1, 1), without overflow up to 3e38."""
     dims = (1,) if scope == "row" else (0, 1)
     count = w.size(1) if scope == "row" else w.numel()
-    return torch.linalg.vector_norm(w, 1, dims, keepdim=True, dtype=torch.float64) / max(count, 1)
+    return w.abs().sum(dims, keepdim=True, dtype=torch.float64) / max(count, 1)
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
@@ -42,12 +42,16 @@ def ternary_codes(w: torch.Tensor, scope: str = "row") -> tuple[torch.Tensor, to
     Ternary weight networks (arXiv 1605.04711, eq. 5 and 6): zero where |w| <= 0.7 mean|w|, scale =
     the mean of |w| over what is kept, which is least-squares optimal for these codes.
     """
-    threshold = 0.7 * mean_magnitude(w, scope)
-    kept = w.abs() > threshold
-    codes = torch.sign(w) * kept
     dims = (1,) if scope == "row" else (0, 1)
-    total = (w.double() * codes).sum(dims, keepdim=True)
-    return codes, round_scale(total / kept.sum(dims, keepdim=True).clamp_min(1))
+    exact = 0.7 * mean_magnitude(w, scope)
+    # Of w's precision, rounded down: the same comparison, without a copy of w in float64.
+    threshold = exact.to(w.dtype)
+    below = torch.nextafter(threshold, torch.full_like(threshold, -torch.inf))
+    size = w.abs()
+    kept = (size > torch.where(threshold > exact, below, threshold)).to(w.dtype)
+    total = size.mul_(kept).sum(dims, keepdim=True, dtype=torch.float64)
+    count = kept.sum(dims, keepdim=True, dtype=torch.float64)
+    return kept.mul_(torch.sign(w)), round_scale(total / count.clamp_min(1))
 
 
 def sign_codes(w: torch.Tensor, scope: str = "row") -> tuple[torch.Tensor, torch.Tensor]:
