@@ -29,6 +29,7 @@ from hybrid_optimization import (
     HybridOptimizationManager,
     HybridTrainingConfig,
     named_kinds,
+    native_bfloat16,
     schedule_factor,
 )
 from lowbit import RunFailed, UserError
@@ -37,6 +38,7 @@ from lowbit.checkpoint import prepare_folder, save_float32
 from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
 from lowbit.generate import generate
 from lowbit.losses import distillation_terms, hidden_state_loss
+from lowbit.muon import OwnPrecisionMuon
 from lowbit.options import (
     DEFAULT_LR,
     HYBRID_DECAY,
@@ -227,8 +229,11 @@ def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
     if o.method == "sgd":
         return [torch.optim.SGD(everything, s.lr, momentum=0.9, **decay)]
     if o.method == "muon":
+        device = everything[0].device
+        emulated = device.type == "cpu" and not native_bfloat16(device)
+        muon = OwnPrecisionMuon if emulated else torch.optim.Muon
         return [
-            torch.optim.Muon(matrices, s.lr, adjust_lr_fn="match_rms_adamw", **decay),
+            muon(matrices, s.lr, adjust_lr_fn="match_rms_adamw", **decay),
             torch.optim.AdamW(rest, s.lr, betas=(0.9, 0.95), **decay),
         ]
     try:
