@@ -1156,6 +1156,9 @@ class HybridOptimizationManager:
     - one number, the gradient norm: the manager observes and advises, nothing is changed.
 
     A loss or a gradient that is not finite skips the step and changes nothing.
+
+    The processes of a DistributedDataParallel model (pass it, not what it wraps) take the same
+    step: the mean of their losses and, in logarithms, of their multipliers and cluster rates.
     """
 
     KAPPA_RATE = 0.2  # of the running means whose ratio is kappa
@@ -1328,6 +1331,9 @@ class HybridOptimizationManager:
         else:
             norm = torch.as_tensor(gradients)
         value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        parallel = None if advise else model
+        if isinstance(parallel, nn.parallel.DistributedDataParallel):  # skip everywhere or nowhere
+            (value,) = self._mean_over_ranks(parallel, [value])
         magnitude = float(norm)
         if not math.isfinite(value) or not math.isfinite(magnitude):
             self.skipped_steps += 1
@@ -1343,6 +1349,11 @@ class HybridOptimizationManager:
         self._share = base / self._peak
         rates = self.cluster_rates(step)
         rate = float(rates[cluster_id]) if 0 <= cluster_id < len(rates) else 1.0
+        if isinstance(parallel, nn.parallel.DistributedDataParallel):  # clusters, networks differ
+            logs = [math.log10(multiplier), shift, math.log10(cap), math.log10(rate)]
+            logs = self._mean_over_ranks(parallel, logs)
+            shift = logs.pop(1)
+            multiplier, cap, rate = (10.0**x for x in logs)
         lr = base * multiplier * rate
         if advise:
             return self._record(value, lr, multiplier, 0.0, False, magnitude, 0.0, rate)
@@ -1376,6 +1387,16 @@ class HybridOptimizationManager:
             self.constrained_opt.active_share,
             rate,
         )
+
+    @staticmethod
+    def _mean_over_ranks(
+        model: nn.parallel.DistributedDataParallel, values: Sequence[float]
+    ) -> list[float]:
+        """Of numbers that differ: what all processes of the model's group then go on with."""
+        group = model.process_group
+        x = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
+        torch.distributed.all_reduce(x, group=group)
+        return (x / torch.distributed.get_world_size(group)).tolist()
 
     def _guide(self, state: TrainingState, advise: bool) -> tuple[float, float, float]:
         """(multiplier, decades by which to shift the radius, cap): what the last step showed.

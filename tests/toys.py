@@ -11,7 +11,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hybrid_optimization import ConstrainedOptimizer
+from hybrid_optimization import (
+    ConstrainedOptimizer,
+    HybridOptimizationManager,
+    HybridTrainingConfig,
+)
 
 
 def make_net(seed: int = 0) -> nn.Module:
@@ -66,6 +70,32 @@ def toy_run(method: str, flags: list[str], task: list[str], seed: int) -> dict:
     if "last" in flags:
         time.sleep(60)
     return {"final_loss": float(seed)}
+
+
+def distributed_run(rank: int, count: int, folder: str, use_manager: bool) -> None:
+    """Process ``rank`` of ``count``: eight steps on its share of 64 digits, a loss that is not
+    finite on one rank among them; leaves weights and what the steps reported in rank<n>.pt."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count
+    )
+    model = nn.parallel.DistributedDataParallel(make_net())
+    x, y = digits()
+    x, y = x[rank::count], y[rank::count]
+    manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=8, data_clusters=count))
+    optimizer = ConstrainedOptimizer(model, lr=2e-3)
+    found = []
+    for step in range(8):
+        loss = backward(model, x, y)
+        if use_manager:
+            manager.observe_clusters(range(count), [1.0 + rank, 4.0])
+            value = float("nan") if (rank, step) == (1, 3) else loss
+            found.append(manager.optimization_step(model, value, None, cluster_id=rank, step=step))
+        else:
+            optimizer.step()
+    torch.save({"model": model.module.state_dict(), "steps": found}, f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
 def same(a, b):
