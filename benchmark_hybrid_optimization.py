@@ -55,6 +55,8 @@ from lowbit.tables import (
 )
 
 EVALUATION_WINDOWS = 512
+QUICK_LOOK = """Final loss, first step at the target and seconds of each method after the same steps
+at its default rate, and the quantisation error of two of them."""
 
 # ------------------------------------------------------------------------------------- one run
 
@@ -201,7 +203,21 @@ def finish(written: list[Path], picture: Path, draw: Callable[[], None]) -> None
         print(f"Wrote {path}")
 
 
-def quick_look(o: argparse.Namespace, folder: Path) -> None:
+def write_readme(name: str, about: str, folder: Path, bench: Bench, command: Sequence[str]) -> Path:
+    """Where the numbers of a folder come from. command: what followed the script's name."""
+    readme = folder / "README.md"
+    text = study_readme(
+        name,
+        about,
+        shlex.join(["python", "benchmark_hybrid_optimization.py", *command]),
+        list(bench.used.values()),
+        len(bench.log.runs),
+        readme.read_text("utf-8") if readme.exists() else "",
+    )
+    return atomic_write(readme, lambda f: f.write(text.encode()))
+
+
+def quick_look(o: argparse.Namespace, folder: Path, command: Sequence[str]) -> None:
     """The classical table, and the quantisation-error table where both kinds of run are there."""
     bench = Bench(folder, o.jobs, o.device, run_once, METHODS)
     methods = o.methods or QUICK
@@ -228,6 +244,7 @@ def quick_look(o: argparse.Namespace, folder: Path) -> None:
         bench.log.path,
         write_json(folder / "summary.json", summary),
         write_csv(folder / "summary.csv", summary["table"]),
+        write_readme("quick look", QUICK_LOOK, folder, bench, command),
     ]
     picture = folder / "summary.png"
     finish(written, picture, lambda: plot(picture, runs, summary["target"]))
@@ -251,16 +268,7 @@ def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[
         bench.log.path,
         write_json(folder / "summary.json", {"study": name, **made_of(used), **found}),
     ]
-    readme = folder / "README.md"
-    text = study_readme(
-        name,
-        function.__doc__,
-        shlex.join(["python", "benchmark_hybrid_optimization.py", *command]),
-        used,
-        len(bench.log.runs),
-        readme.read_text("utf-8") if readme.exists() else "",
-    )
-    written.append(atomic_write(readme, lambda f: f.write(text.encode())))
+    written.append(write_readme(name, function.__doc__, folder, bench, command))
     picture = folder / "summary.png"
     finish(written, picture, lambda: plot_study(picture, name, found["tasks"]))
 
@@ -326,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UserError("--from_log goes with --study")
             o.seeds = o.seeds or 3
             parse_options(o.task.split())
-            quick_look(o, prepare_folder(o.output_dir))
+            quick_look(o, prepare_folder(o.output_dir), argv)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.code

@@ -72,6 +72,36 @@ def test_runs_are_cached_and_grow(tmp_path, text_file, tiny_teacher, capsys, mon
     assert [r["method"] for r in summary["quantization"]] == ["AdamW", "Full hybrid"]
     assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + len(studies.QUICK)
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("# quick look")
+    assert (
+        f"--seeds 1`\n- Machine: {json.loads((tmp_path / 'runs.jsonl').open().readline())['cpu']}"
+        in readme
+    )
+
+
+def test_the_teacher_is_asked_again_only_for_other_windows(
+    text_file, tiny_teacher, tmp_path, monkeypatch
+):
+    asked = []
+    original = benchmark.distillation.logits_of
+
+    def count(model, windows, device):
+        asked.append(len(windows))
+        return original(model, windows, device)
+
+    monkeypatch.setattr(benchmark.distillation, "logits_of", count)
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text("utf-8").swapcase(), "utf-8")
+    found = []
+    for text in (text_file, text_file, other):
+        task = f"--ternary --qat --data {text} --teacher {tiny_teacher} --epochs 1 --device cpu"
+        task += " --seq_len 32 --batch_size 4 --samples_per_epoch 8"
+        before = len(asked)
+        result = benchmark.run_once("AdamW", studies.METHODS["AdamW"], task.split(), 0)
+        found.append((len(asked) - before, result["teacher_loss"]))
+    assert [n for n, _ in found] == [2, 1, 2]  # one of them for the validation of epochs
+    assert found[0][1] == found[1][1] != found[2][1]
 
 
 def option(words: list[str], name: str, default: str = "") -> str:
