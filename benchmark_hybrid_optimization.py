@@ -312,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--output_dir", default="benchmark", help="folder (default benchmark/)")
     g = parser.add_argument_group("quick look")
-    g.add_argument("--epochs", type=int, default=6, help="epochs of 16 steps a run (default 6)")
+    g.add_argument("--epochs", type=int, default=5, help="epochs of 16 steps a run (default 5)")
     g.add_argument("--target", type=float, help="validation loss that counts as converged")
     g.add_argument(
         "--task",

@@ -12,11 +12,12 @@ from lowbit import UserError
 from lowbit.student import STUDENT_SIZES
 
 #: Peak learning rates where --lr is not given, by optimiser and start of the student. Those of the
-#: hybrid and adamw come from sweeps (EXPERIMENTS.md), the others are usual values.
+#: hybrid and adamw come from sweeps (EXPERIMENTS.md), as does SGD's from random weights; the others
+#: are usual values.
 DEFAULT_LR = {
     "hybrid": {"teacher": 3e-4, "random": 7e-3},
     "adamw": {"teacher": 1e-3, "random": 4e-3},
-    "sgd": {"teacher": 0.1, "random": 0.3},
+    "sgd": {"teacher": 0.1, "random": 0.03},
     "muon": {"teacher": 2e-3, "random": 1e-2},
     "schedulefree": {"teacher": 1e-3, "random": 4e-3},
     "prodigy": {"teacher": 1.0, "random": 1.0},

@@ -21,22 +21,29 @@ def first_crossing(curve: Sequence[Sequence[float]], target: float) -> int | Non
 
 
 def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str, Any]:
-    """Raw runs -> a row a method, in the order in which they first occur."""
+    """Raw runs -> a row a method, in the order in which they first occur. The target, unless given:
+    what the first method ends at of which no run diverged."""
     methods = dict.fromkeys(r["method"] for r in runs)
     by_method = {m: [r for r in runs if r["method"] == m] for m in methods}
     if target is None:
-        reference = next(iter(by_method.values()))
-        target = float(np.mean([r["curve"][-1][1] if r["curve"] else math.inf for r in reference]))
+        sound = (rs for rs in by_method.values() if all(r["curve"] for r in rs))
+        target = float(np.mean([r["curve"][-1][1] for r in next(sound, [])] or [math.nan]))
     table = []
     for method, rs in by_method.items():
-        loss, loss_ci = mean_interval([r["final_loss"] for r in rs])
-        seconds, seconds_ci = mean_interval([r["seconds"] for r in rs])
+        ended = [r for r in rs if math.isfinite(r["final_loss"])]
+        whole = len(ended) == len(rs)
+        loss, loss_ci = mean_interval([r["final_loss"] for r in rs]) if whole else (math.inf, None)
+        timed = [r for r in ended if "seconds" in r]
+        seconds, seconds_ci = (
+            mean_interval([r["seconds"] for r in timed]) if timed else (None, None)
+        )
         crossings = [first_crossing(r["curve"], target) for r in rs]
         reached = [c for c in crossings if c is not None]
         table.append(
             {
                 "method": method,
                 "n": len(rs),
+                "diverged": len(rs) - len(ended),
                 "final_loss": loss,
                 "final_loss_ci95": loss_ci,
                 "final_kl": float(np.mean([r["final_kl"] for r in rs])),
@@ -44,7 +51,9 @@ def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str,
                 "steps_to_target": float(np.mean(reached)) if len(reached) == len(rs) else None,
                 "seconds": seconds,
                 "seconds_ci95": seconds_ci,
-                "step_seconds": float(np.median([r["step_seconds"] for r in rs])),
+                "step_seconds": float(np.median([r["step_seconds"] for r in timed]))
+                if timed
+                else None,
             }
         )
     return {"target": target, "table": table}
@@ -54,10 +63,14 @@ def format_table(summary: dict[str, Any]) -> list[str]:
     lines = [f"{'Method':<20} | {'Final Loss':<17} | {'Steps to Converge':<17} | Time (s)"]
     lines.append("-" * len(lines[0]))
     for row in summary["table"]:
-        steps = row["steps_to_target"]
-        reached = f"{steps:.0f}" if steps is not None else f"{row['reached']} of {row['n']} runs"
-        loss = f"{row['final_loss']:.4f} +- {row['final_loss_ci95']:.4f}"
-        lines.append(f"{row['method']:<20} | {loss:<17} | {reached:<17} | {row['seconds']:.1f}")
+        steps, n = row["steps_to_target"], row["n"]
+        reached = f"{steps:.0f}" if steps is not None else f"{row['reached']} of {n} runs"
+        if row["diverged"]:
+            loss = f"diverged, {row['diverged']} of {n}"
+        else:
+            loss = f"{row['final_loss']:.4f} +- {row['final_loss_ci95']:.4f}"
+        seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+        lines.append(f"{row['method']:<20} | {loss:<17} | {reached:<17} | {seconds}".rstrip())
     n = summary["table"][0]["n"]
     lines.append(
         f"Validation loss of the student, nats a byte; mean of {n} seeds, 95 % t-interval. "
@@ -74,7 +87,7 @@ def quantization_rows(
         m: np.array([r["final_loss"] for r in full if r["method"] == m])
         for m in {r["method"] for r in full}
     }
-    best = min(means.values(), key=np.mean)
+    best = min(means.values(), key=np.mean)  # a method that diverged has mean inf
     rows = []
     for method in dict.fromkeys(r["method"] for r in low if r["method"] in means):
         gaps = np.array([r["final_loss"] for r in low if r["method"] == method]) - best

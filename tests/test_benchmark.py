@@ -43,6 +43,26 @@ def test_a_method_that_misses_the_target_says_so():
     assert "0 of 1 runs" in tables.format_table(summary)[3]
 
 
+def test_runs_that_diverged_are_counted_and_set_no_target():
+    sgd = [run("Baseline SGD", s, 2.0, [(10, 2.0)]) for s in range(2)]
+    sgd[1] = {"method": "Baseline SGD", "seed": 1, "curve": []}  # as run_once leaves it
+    sgd[1] |= {"final_loss": math.inf, "final_kl": math.inf}
+    lost = [{**sgd[1], "method": "SGD + clustering", "seed": s} for s in range(2)]
+    adamw = [run("AdamW", s, 1.0, [(10, 1.5), (20, 1.0)]) for s in range(2)]
+    summary = tables.summarise(sgd + lost + adamw, None)
+    assert summary["target"] == 1.0
+    assert [r["diverged"] for r in summary["table"]] == [1, 2, 0]
+    lines = [[x.strip() for x in line.split("|")] for line in tables.format_table(summary)]
+    assert lines[2:5] == [
+        ["Baseline SGD", "diverged, 1 of 2", "0 of 2 runs", "10.0"],
+        ["SGD + clustering", "diverged, 2 of 2", "0 of 2 runs", ""],
+        ["AdamW", "1.0000 +- 0.0000", "20", "10.5"],
+    ]
+    all_lost = tables.summarise(lost, None)
+    assert math.isnan(all_lost["target"])
+    assert "diverged, 2 of 2" in tables.format_table(all_lost)[2]
+
+
 def test_runs_are_cached_and_grow(tmp_path, text_file, tiny_teacher, capsys, monkeypatch):
     task = (
         f"--ternary --qat --data {text_file} --teacher {tiny_teacher} --seq_len 32 "
