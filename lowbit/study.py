@@ -180,6 +180,11 @@ class Bench:
         """Those of which the log has no run."""
         return [k for k in keys if self.log.find(k) is None]
 
+    def has_run(self, method: str, task: str) -> bool:
+        """Whether the log has any run of a method on a task."""
+        words = task.split()  # before the device and the epochs, see `key`
+        return any(r["method"] == method and r["task"][:-4] == words for r in self.log.runs)
+
     def together(self, parts: Sequence[Callable[[], T]]) -> list[T]:
         """What the parts of a study return. With several jobs they ask for their runs at the same
         time, so that no part's last run leaves the machine idle."""

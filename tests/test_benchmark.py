@@ -194,6 +194,10 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert len(law) == count  # all from the log
     again = study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW", "--from_log")
     assert again == entry
+    both = study(
+        "convergence", tmp_path, "--seeds", "3", "--methods", "AdamW", "Muon", "--from_log"
+    )
+    assert both == entry  # Muon was not run
     # Without timed runs, and a horizon less: what is left decides.
     log = folder / "runs.jsonl"
     rows = [json.loads(x) for x in lines]
