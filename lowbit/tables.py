@@ -26,16 +26,19 @@ def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str,
     methods = dict.fromkeys(r["method"] for r in runs)
     by_method = {m: [r for r in runs if r["method"] == m] for m in methods}
     if target is None:
-        sound = (rs for rs in by_method.values() if all(r["curve"] for r in rs))
+        sound = (
+            rs
+            for rs in by_method.values()
+            if all(r["curve"] and math.isfinite(r["final_loss"]) for r in rs)
+        )
         target = float(np.mean([r["curve"][-1][1] for r in next(sound, [])] or [math.nan]))
     table = []
     for method, rs in by_method.items():
         ended = [r for r in rs if math.isfinite(r["final_loss"])]
         whole = len(ended) == len(rs)
         loss, loss_ci = mean_interval([r["final_loss"] for r in rs]) if whole else (math.inf, None)
-        timed = [r for r in ended if "seconds" in r]
         seconds, seconds_ci = (
-            mean_interval([r["seconds"] for r in timed]) if timed else (None, None)
+            mean_interval([r["seconds"] for r in ended]) if ended else (None, None)
         )
         crossings = [first_crossing(r["curve"], target) for r in rs]
         reached = [c for c in crossings if c is not None]
@@ -51,8 +54,8 @@ def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str,
                 "steps_to_target": float(np.mean(reached)) if len(reached) == len(rs) else None,
                 "seconds": seconds,
                 "seconds_ci95": seconds_ci,
-                "step_seconds": float(np.median([r["step_seconds"] for r in timed]))
-                if timed
+                "step_seconds": float(np.median([r["step_seconds"] for r in ended]))
+                if ended
                 else None,
             }
         )
