@@ -111,6 +111,7 @@ def test_the_teacher_is_asked_again_only_for_other_windows(
         return original(model, windows, device)
 
     monkeypatch.setattr(benchmark.distillation, "logits_of", count)
+    monkeypatch.setattr(benchmark, "_teacher_says", {})
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text("utf-8").swapcase(), "utf-8")
     found = []
