@@ -821,10 +821,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     @property
     def _region(self) -> dict[str, Tensor]:
+        groups = self.param_groups
+        device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
         if "region" not in self.state:  # a key that is not a tensor survives state_dict()
-            groups = self.param_groups
             count = 1 + max((max(self._clusters(g), default=0) for g in groups), default=0)
-            device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
             radius = [
                 next((g["initial_radius"] for g in groups if c in self._clusters(g)), 0.01)
                 for c in range(count)
@@ -834,8 +834,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 "log_factor": torch.zeros(count, device=device),
             }
         region = self.state["region"]  # type: ignore[index]
-        device = next((p.device for g in self.param_groups for p in g["params"]), None)
-        if device is not None and region["centre"].device != device:
+        if region["centre"].device != device:
             # load_state_dict moves what belongs to a parameter only.
             region.update({name: x.to(device) for name, x in region.items()})
         return region
@@ -1331,9 +1330,9 @@ class HybridOptimizationManager:
         else:
             norm = torch.as_tensor(gradients)
         value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
-        parallel = None if advise else model
-        if isinstance(parallel, nn.parallel.DistributedDataParallel):  # skip everywhere or nowhere
-            (value,) = self._mean_over_ranks(parallel, [value])
+        several = isinstance(model, nn.parallel.DistributedDataParallel) and not advise
+        if several:  # skip everywhere or nowhere
+            (value,) = self._mean_over_ranks(model, [value])
         magnitude = float(norm)
         if not math.isfinite(value) or not math.isfinite(magnitude):
             self.skipped_steps += 1
@@ -1349,9 +1348,9 @@ class HybridOptimizationManager:
         self._share = base / self._peak
         rates = self.cluster_rates(step)
         rate = float(rates[cluster_id]) if 0 <= cluster_id < len(rates) else 1.0
-        if isinstance(parallel, nn.parallel.DistributedDataParallel):  # clusters, networks differ
+        if several:  # clusters, networks differ
             logs = [math.log10(multiplier), shift, math.log10(cap), math.log10(rate)]
-            logs = self._mean_over_ranks(parallel, logs)
+            logs = self._mean_over_ranks(model, logs)
             shift = logs.pop(1)
             multiplier, cap, rate = (10.0**x for x in logs)
         lr = base * multiplier * rate
@@ -1389,10 +1388,9 @@ class HybridOptimizationManager:
         )
 
     @staticmethod
-    def _mean_over_ranks(
-        model: nn.parallel.DistributedDataParallel, values: Sequence[float]
-    ) -> list[float]:
-        """Of numbers that differ: what all processes of the model's group then go on with."""
+    def _mean_over_ranks(model: Any, values: Sequence[float]) -> list[float]:
+        """Of numbers that differ: what all processes of a DistributedDataParallel model's group
+        then go on with."""
         group = model.process_group
         x = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
         torch.distributed.all_reduce(x, group=group)

@@ -208,6 +208,7 @@ def side_by_side(
 class Comparison:
     """A tuned baseline's runs, a seed each, and the hybrid's around the same loss."""
 
+    task: Task  # as the baseline runs it
     chosen: list[str]
     table: list[dict[str, Any]]
     reference: list[dict[str, Any]]
@@ -229,12 +230,12 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
         keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
         reference = bench.run(keys)
         losses = [r["final_loss"] for r in reference]
-        return Comparison(best, table, reference, bracket(bench, task, seeds, losses))
+        return Comparison(task, best, table, reference, bracket(bench, task, seeds, losses))
 
     found = bench.together([partial(measure, *pair) for pair in pairs])
     summary: dict[str, Any] = {name: {"seeds": seeds, "tuning": {}} for name in tasks}
     for (name, baseline), c in zip(pairs, found, strict=True):
-        entry, task = summary[name], given(TASKS[name], baseline)
+        entry, task = summary[name], c.task
         target = [r["final_loss"] for r in c.reference]
         losses = {h: [r["final_loss"] for r in rs] for h, rs in c.horizons.items()}
         label = baseline.split()[0].lower().replace("-", "_")
@@ -301,8 +302,9 @@ def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequen
             for method, flags in zip(PAIR, (best, []), strict=True)
         ]
         shape = len(kinds), len(PAIR), seeds
-        losses = bench.losses(settings, RUN, seeds).reshape(shape)
-        kl = bench.losses(settings, RUN, seeds, "final_kl").reshape(shape)
+        losses, kl = (
+            bench.losses(settings, RUN, seeds, x).reshape(shape) for x in ("final_loss", "final_kl")
+        )
         adamw, hybrid = losses[0]
         reference = min((adamw, hybrid), key=np.mean)
         entry: dict[str, Any] = {
