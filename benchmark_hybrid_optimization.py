@@ -18,6 +18,7 @@ held-out windows.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shlex
 import sys
@@ -38,7 +39,16 @@ from lowbit import RunFailed, UserError
 from lowbit.checkpoint import atomic_write, prepare_folder
 from lowbit.corpus import StratifiedSampler
 from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options
-from lowbit.studies import METHODS, PAIR, QUICK, STUDIES, TASKS
+from lowbit.studies import (
+    METHODS,
+    PAIR,
+    QUICK,
+    SPOILED,
+    SPOILED_EVERY,
+    SPOILED_TIMES,
+    STUDIES,
+    TASKS,
+)
 from lowbit.study import TIMED_PAIRS, Bench
 from lowbit.tables import (
     format_quantization,
@@ -79,6 +89,26 @@ def teacher_on(setup: distillation.Setup, windows: np.ndarray) -> list[torch.Ten
     return _teacher_says[key]
 
 
+def spoil_gradients(model: nn.Module) -> None:
+    """From now on every SPOILED_EVERY-th gradient of a parameter is noise, SPOILED_TIMES as long,
+    the same for every method and seed."""
+
+    def spoiler(number: int) -> Callable[[torch.Tensor], None]:
+        steps = itertools.count(1)
+
+        def hook(p: torch.Tensor) -> None:
+            step = next(steps)
+            if step % SPOILED_EVERY == 0 and p.grad is not None:
+                generator = torch.Generator().manual_seed(step * 1000 + number)
+                noise = torch.randn(p.shape, generator=generator).to(p.grad)
+                p.grad.copy_(noise * (SPOILED_TIMES * p.grad.norm() / noise.norm()))
+
+        return hook
+
+    for number, p in enumerate(model.parameters()):
+        p.register_post_accumulate_grad_hook(spoiler(number))
+
+
 def run_once(
     method: str,
     flags: Sequence[str],
@@ -102,9 +132,11 @@ def run_once(
         waited += turn(share)
 
     stdlib = sysconfig.get_paths()["stdlib"]
-    words = [x.replace("{stdlib}", stdlib) for x in (*common, *flags)]
+    words = [x.replace("{stdlib}", stdlib) for x in (*common, *flags) if x != SPOILED]
     started = time.perf_counter()
     setup = distillation.set_up(parse_options([*words, "--seed", str(seed)]))
+    if SPOILED in common:
+        spoil_gradients(setup.student)
     result: dict[str, Any] = {"lr": setup.lr, "steps": setup.max_steps}
     result["text"] = setup.corpus.fingerprint
     try:

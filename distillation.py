@@ -325,6 +325,8 @@ def make_step(
         objective = each if weights is None else each * weights.to(s.device)
         s.student.zero_grad(set_to_none=True)
         objective.mean().backward()
+        if o.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(s.student.parameters(), o.max_grad_norm)
 
         # What the host reads, it reads after it has launched the step: reading waits for a GPU.
         mean, kl = each.mean().detach(), kl.detach().float()

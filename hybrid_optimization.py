@@ -692,13 +692,17 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     whose step was not grows it; around that a slow recentring follows the length of proposals, so
     that about ``active_share`` of the steps are cut.
 
+    Spikes. A gradient longer than ``spike_limit`` times the running mean of those before is cut to
+    that (inf: never), so that one bad batch spoils neither momentum nor metric.
+
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
     metric_decay (of the diagonal metric), matrix_metric_decay, weight_decay (decoupled; below 6e-8
     of a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
     the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), largest_block,
     product_dtype (of the metric's products; None: bfloat16 where `native_bfloat16`, else float32),
     kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
-    active_share) is read from the first group that has a gradient. Raises RuntimeError for sparse
+    active_share) and spike_limit are read from the first group that has a gradient. Raises
+    RuntimeError for sparse
     or complex gradients.
     """
 
@@ -709,6 +713,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     WHITENED_GAIN = 0.75  # of a square matrix's step, against one of the diagonal metric
     OUTER_BLOCK = 128  # rows of the metric of a matrix's larger side
     SETTLED = 16  # roots are at most 2 + t / SETTLED steps old at step t
+    SPIKELESS = 10  # steps before a gradient can be too long
 
     # On the class, because a copy of an optimiser has its groups and states only.
     never_wait = False  # as on a GPU, and in its buckets: for tests on the CPU
@@ -733,6 +738,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         largest_block: int = 1024,
         product_dtype: torch.dtype | None = None,
         active_share: float = 0.3,
+        spike_limit: float = 3.0,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -749,6 +755,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             largest_block=largest_block,
             product_dtype=product_dtype,
             active_share=active_share,
+            spike_limit=spike_limit,
             kind=None,
             clusters=None,
         )
@@ -756,6 +763,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             raise ValueError(f"lr must be {_POSITIVE[1]}, not {lr!r}")
         if not 0 < initial_radius <= 1:
             raise ValueError(f"initial_radius must be in (0, 1], not {initial_radius!r}")
+        if not spike_limit > 0:
+            raise ValueError(f"spike_limit must be above 0, not {spike_limit!r}")
         if isinstance(params, nn.Module):
             groups: dict[str, list[Tensor]] = {}
             for _, p, kind in named_kinds(params):
@@ -832,6 +841,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             self.state["region"] = {  # type: ignore[index]
                 "centre": torch.tensor(radius, device=device),
                 "log_factor": torch.zeros(count, device=device),
+                "norm": torch.zeros((), device=device),
+                "seen": torch.zeros((), device=device),
             }
         region = self.state["region"]  # type: ignore[index]
         if region["centre"].device != device:
@@ -887,6 +898,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         # Elsewhere the host does not wait for the answer: a step that must not happen has weight
         # zero in everything that it would touch.
         keep = None if waits else finite.float()
+        share = self._spike_share(gradient_norm, finite, live[0][-1]["spike_limit"])
+        left = None if waits and float(share) == 1 else share
 
         buckets = self._buckets(live)
         live = [live[i] for indices in buckets for i in indices]
@@ -900,7 +913,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         for indices in buckets:
             mine = slice(start, start := start + len(indices))
             bucket = _Bucket(live[mine], [self.state[p] for p in params[mine]])
-            d, scale, size = self._direction(bucket, indices[0], keep)
+            d, scale, size = self._direction(bucket, indices[0], keep, left)
             moves.append((bucket, mine, d, scale))
             sizes.append(size)
 
@@ -1004,6 +1017,19 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             self._cached = _Layout(live, key, gains, count)
         return self._cached
 
+    def _spike_share(self, norm: Tensor, finite: Tensor, limit: float) -> Tensor:
+        """What is left of a gradient of this norm: 1, or less if it is too long. Its norm joins the
+        running mean as it is then used, so that a lasting change is followed within tens of steps.
+        """
+        mean, seen = self._region["norm"], self._region["seen"]
+        norm, finite = norm.to(mean), finite.to(mean.device)
+        usual = ~finite | (seen < self.SPIKELESS) | (mean == 0)
+        share = torch.where(usual, 1.0, (limit * mean / norm).clamp(max=1))
+        rate = (1 / (seen + 1)).clamp(min=0.05)
+        mean.copy_(torch.where(finite, mean + rate * (norm * share - mean), mean))
+        seen.add_(finite)
+        return share
+
     def _adapt(
         self,
         region: dict[str, Tensor],
@@ -1035,17 +1061,20 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         return list(found.values())
 
     def _direction(
-        self, bucket: _Bucket, order: int, keep: Tensor | None
+        self, bucket: _Bucket, order: int, keep: Tensor | None, left: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(d, scale, size): the unit-scale direction of a bucket is d x scale (its negative is a
         descent direction), d of the bucket's shape; scale and size, the 2-norm of that, are
         (count,). Their product is left to the final update, which reads d anyway. keep: 0 where
-        the step must leave no trace, 1 otherwise (None: 1, and no time lost on it)."""
+        the step must leave no trace, 1 otherwise; left: the share of the gradient that is trusted
+        (None: 1, and no time lost on it)."""
         group = bucket.group
         g = bucket.gather([p.grad for p in bucket.params if p.grad is not None]).float()
         if keep is not None:
             keep = keep.to(g.device)
             g = torch.where(keep > 0, g, 0.0)
+        if left is not None:
+            g = g * left.to(g.device)
 
         def follow(mean: Tensor, x: Tensor, rate: float) -> None:
             mean.lerp_(x, rate if keep is None else rate * keep)
@@ -1100,7 +1129,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             follow(gram, product.float(), 1 - decay)
             if due or f"{name}_root" not in bucket:
                 found = inverse_square_root(gram / (1 - decay**t), group["damping"])
-                bucket[f"{name}_root"] = found.to(dtype)
+                # Of nothing yet it would be 1e19, and an old one would meet the first gradient.
+                known = gram.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+                bucket[f"{name}_root"] = (found * known[..., None, None]).to(dtype)
             return bucket[f"{name}_root"].to(dtype)
 
         # The smaller side (of a square matrix the inputs' side), then the other of what is left.

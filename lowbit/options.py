@@ -170,6 +170,13 @@ def make_parser() -> Parser:
         help="without --hybrid (default adamw); the last two need the bench extra",
     )
     g.add_argument(
+        "--max_grad_norm",
+        type=positive,
+        metavar="G",
+        help="cut gradients to this norm before the optimiser sees them (default: don't; the "
+        "hybrid cuts those three times as long as usual by itself)",
+    )
+    g.add_argument(
         "--temperature",
         type=positive,
         default=1.0,

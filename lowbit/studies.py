@@ -20,6 +20,8 @@ from lowbit.study import Bench, gap_reduction, mean_interval, ratio, smallest_ho
 
 TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
 RUN = 320  # steps of the default run, where a study needs one length
+SPOILED = "--spoiled_gradients"  # a task's flag, of `benchmark_hybrid_optimization.run_once`
+SPOILED_EVERY, SPOILED_TIMES = 40, 30.0
 
 #: Method -> its flags. --cluster_batches is ours alone: batches balanced over clusters.
 METHODS: dict[str, list[str]] = {
@@ -30,6 +32,7 @@ METHODS: dict[str, list[str]] = {
     "AdamW + clustering": ["--optimizer", "adamw", "--cluster_batches"],
     "AdamW + calibration": ["--optimizer", "adamw", "--calibrate"],
     "AdamW + quantization warm-up": ["--optimizer", "adamw", "--quant_warmup", "0.8"],
+    "AdamW + gradient clipping": ["--optimizer", "adamw", "--max_grad_norm", "1"],
     "Muon": ["--optimizer", "muon"],
     "Schedule-Free AdamW": ["--optimizer", "schedulefree", "--lr_schedule", "constant"],
     "Prodigy": ["--optimizer", "prodigy"],
@@ -378,6 +381,7 @@ def ablation(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[s
     for name in tasks:
         flags = TASKS[name].flags
         rows = [m for m in METHODS if "Hybrid" in m or m.startswith(("AdamW", "Full"))]
+        rows.remove("AdamW + gradient clipping")  # belongs to `faults`
         words = flags.split()
         if "teacher" not in words:
             rows = [m for m in rows if "calibration" not in m]
@@ -397,6 +401,24 @@ def ablation(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[s
     return {"tasks": summary, "seeds": seeds, "steps": RUN}
 
 
+def faults(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
+    """Default runs as they are, and with every SPOILED_EVERY-th gradient replaced by noise
+    SPOILED_TIMES as long: what one broken batch does to a method."""
+    summary: dict[str, Any] = {}
+    for name in tasks:
+        flags = TASKS[name].flags, f"{TASKS[name].flags} {SPOILED}"
+        found = bench.losses([(m, f, ()) for m in methods for f in flags], RUN, seeds)
+        summary[name] = {
+            method: {
+                "clean": mean_interval(clean),
+                "spoiled": mean_interval(spoiled),
+                "loss_ratio_vs_clean": ratio(spoiled, clean),
+            }
+            for method, clean, spoiled in zip(methods, found[::2], found[1::2], strict=True)
+        }
+    return {"tasks": summary, "seeds": seeds, "steps": RUN}
+
+
 #: study -> (function, default seeds, tasks, methods)
 STUDIES: dict[str, tuple[Any, int, list[str], list[str]]] = {
     "convergence": (convergence, 5, list(TASKS), ["AdamW", "Muon"]),
@@ -410,4 +432,16 @@ STUDIES: dict[str, tuple[Any, int, list[str], list[str]]] = {
     "overhead": (overhead, 3, ["conversion", "scratch"], ["AdamW", "Full hybrid"]),
     "batch-size": (batch_size, 20, ["scratch_small"], ["Full hybrid"]),
     "ablation": (ablation, 3, ["conversion", "scratch"], []),
+    "faults": (
+        faults,
+        3,
+        ["scratch_small"],
+        [
+            "AdamW",
+            "AdamW + gradient clipping",
+            "Full hybrid",
+            "Hybrid - trust region",
+            "Hybrid - auxiliary network",
+        ],
+    ),
 }

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+import torch
 
 import benchmark_hybrid_optimization as benchmark
 from lowbit import studies, tables
@@ -143,6 +144,8 @@ def law(monkeypatch):
             loss += abs(math.log2(float(option(flags, "--lr")) / 2))
             loss += 0.1 * (option(flags, "--lr_schedule", "linear") != "cosine")
             loss += 0.01 * abs(float(option(flags, "--weight_decay", "0.01")) - 0.1)
+        if studies.SPOILED in common:
+            loss *= 1.2
         return {
             "final_loss": loss, "final_kl": loss / 10, "seconds": steps / 10, "step_seconds": 0.1,
             "curve": [(16, 5.0), (steps, loss)],
@@ -254,8 +257,27 @@ def test_the_other_studies_summarise(law, tmp_path, capsys):
     entry = study("ablation", tmp_path)
     assert entry["AdamW"]["loss_ratio_vs_full"]["value"] > 1
     assert "Hybrid - trust region" in entry
-    for name in ("lr-sensitivity", "quantization", "overhead", "batch-size", "ablation"):
+    entry = study("faults", tmp_path)
+    assert entry["AdamW"]["loss_ratio_vs_clean"]["value"] == pytest.approx(1.2)
+    assert entry["Full hybrid"]["clean"][0] == pytest.approx(1.15725)
+    for name in ("lr-sensitivity", "quantization", "overhead", "batch-size", "ablation", "faults"):
         assert {p.name for p in (tmp_path / name).iterdir()} == STUDY_FILES
+
+
+def test_every_fortieth_gradient_is_spoiled():
+    model = torch.nn.Linear(3, 2)
+    benchmark.spoil_gradients(model)
+    seen = []
+    for _ in range(80):
+        model.zero_grad()
+        (model.weight.sum() + 2 * model.bias.sum()).backward()
+        seen.append(torch.cat([model.weight.grad.flatten(), model.bias.grad]))
+    plain = torch.tensor([1.0] * 6 + [2.0] * 2)
+    assert [t for t, g in enumerate(seen, 1) if not torch.equal(g, plain)] == [40, 80]
+    for g in seen[39], seen[79]:
+        assert g[:6].norm() == pytest.approx(30 * 6**0.5)
+        assert g[6:].norm() == pytest.approx(30 * 2 * 2**0.5)
+    assert not torch.allclose(seen[39], seen[79])
 
 
 @pytest.mark.parametrize(

@@ -547,7 +547,7 @@ def test_the_way_of_a_gpu_is_the_same_step():
         for m in models
     ]  # fmt: skip
     opts[1].never_wait = True
-    for t in range(12):
+    for t in range(16):
         if t == 5:
             saved = opts[1].state_dict()
             saved["state"] = {
@@ -559,6 +559,8 @@ def test_the_way_of_a_gpu_is_the_same_step():
             backward(m, x, y)
             if t == 3:
                 m[4].weight.grad = None
+            if t == 13:  # a spike, which both cut
+                torch._foreach_mul_([p.grad for p in m.parameters()], 1e4)
             for group, factor in zip(o.param_groups, (1, 2), strict=False):
                 group["lr"] = factor * 2e-3 / (1 + t)
             o.step(keep_step=t % 2 == 0)
@@ -578,6 +580,63 @@ def test_the_way_of_a_gpu_is_the_same_step():
         for name, value in state.items():
             if name not in ("step", "taken", "inner_root", "outer_root"):
                 torch.testing.assert_close(value, before[1][key][name], rtol=0, atol=0)
+
+
+def stepped(gradients, **options) -> tuple[torch.Tensor, ConstrainedOptimizer]:
+    """The weights after these gradients, from one start."""
+    torch.manual_seed(1)
+    p = nn.Parameter(torch.randn(6, 4))
+    opt = ConstrainedOptimizer([p], lr=1e-3, **options)
+    for g in gradients:
+        p.grad = g.clone()
+        opt.step()
+    return p.detach(), opt
+
+
+@pytest.mark.parametrize("never_wait", [False, True])
+def test_a_spike_is_cut_to_a_multiple_of_the_usual_length(monkeypatch, never_wait):
+    monkeypatch.setattr(ConstrainedOptimizer, "never_wait", never_wait)
+    unit = [torch.nn.functional.normalize(torch.randn(24), dim=0).view(6, 4) for _ in range(16)]
+    spiked = [*unit[:12], 1e6 * unit[12], *unit[13:]]
+    cut = [*unit[:12], 3 * unit[12], *unit[13:]]
+    found, opt = stepped(spiked, spike_limit=3)
+    torch.testing.assert_close(found, stepped(cut, spike_limit=math.inf)[0])
+    # The mean took it for what it was then worth: 1, once 3 with a share of 1/13, three times 1.
+    mean = 1 + 2 / 13 * (13 / 14) * (14 / 15) * (15 / 16)
+    assert float(opt.state_dict()["state"]["region"]["norm"]) == pytest.approx(mean, rel=1e-5)
+    assert not torch.allclose(found, stepped(spiked, spike_limit=math.inf)[0], atol=1e-4)
+
+
+def test_a_usual_gradient_is_left_alone():
+    torch.manual_seed(0)
+    gradients = [(0.5 + 1.5 * (t % 2)) * torch.randn(6, 4) for t in range(30)]
+    a, b = (stepped(gradients, spike_limit=x)[0] for x in (3.0, math.inf))
+    assert torch.equal(a, b)
+
+
+def test_a_lasting_change_of_scale_is_followed():
+    gradients = [torch.ones(6, 4) * (1.0 if t < 12 else 1e4) for t in range(112)]
+    _, opt = stepped(gradients)
+    norm = float(opt.state_dict()["state"]["region"]["norm"])
+    assert norm > 1e4 * 24**0.5 / 3  # from here on nothing is cut
+
+
+@pytest.mark.parametrize("never_wait", [False, True])
+@pytest.mark.parametrize("nothing", [1, 2, 3, 12, 25])
+def test_gradients_that_begin_at_zero(monkeypatch, never_wait, nothing):
+    """Roots may be older than the first gradient that is not zero."""
+    monkeypatch.setattr(ConstrainedOptimizer, "never_wait", never_wait)
+    start = stepped([torch.zeros(6, 4)] * nothing)[0]
+    assert torch.equal(start, stepped([])[0])
+    end, opt = stepped([torch.zeros(6, 4)] * nothing + [torch.ones(6, 4)] * 12)
+    assert bool(torch.isfinite(end).all())
+    assert 1e-4 < float((end - start).abs().max()) < 1
+    assert float(opt.state_dict()["state"]["region"]["norm"]) > 0
+
+
+def test_spike_limit_is_checked():
+    with pytest.raises(ValueError, match="spike_limit must be above 0"):
+        ConstrainedOptimizer([nn.Parameter(torch.ones(2))], spike_limit=0)
 
 
 @pytest.mark.slow

@@ -203,6 +203,7 @@ def test_every_parameter_moves(run, tiny_teacher):
     [
         ["--lr", "0.01"],
         ["--weight_decay", "10"],
+        ["--max_grad_norm", "0.001"],
         ["--data_clusters", "2"],
         ["--param_clusters", "1"],
         ["--use_clustering=false"],
