@@ -702,8 +702,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     product_dtype (of the metric's products; None: bfloat16 where `native_bfloat16`, else float32),
     kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
     active_share) and spike_limit are read from the first group that has a gradient. Raises
-    RuntimeError for sparse
-    or complex gradients.
+    RuntimeError for sparse or complex gradients.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre

@@ -163,11 +163,16 @@ def _draw_horizons(ax: Any, entry: dict[str, Any]) -> None:
 
 
 def _draw_rates(ax: Any, entry: dict[str, Any]) -> None:
-    """LR sensitivity: a line a method."""
+    """LR sensitivity: a line a method; rates at which it diverged are crosses at the top."""
     for method, found in entry.items():
         rates = sorted(found["losses"], key=float)
         losses = [found["losses"][r] for r in rates]
-        ax.plot([float(r) for r in rates], losses, marker="o", label=method)
+        (line,) = ax.plot([float(r) for r in rates], losses, marker="o", label=method)
+        lost = [float(r) for r, loss in zip(rates, losses, strict=True) if not math.isfinite(loss)]
+        look = dict(ls="", marker="x", ms=9, color=line.get_color(), label=f"{method}: diverged")
+        if lost:
+            top = [0.97] * len(lost)
+            ax.plot(lost, top, transform=ax.get_xaxis_transform(), **look)
     ax.set(xlabel="base rate", ylabel="final validation loss, nats a byte", xscale="log")
     ax.legend()
 
