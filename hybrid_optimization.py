@@ -692,8 +692,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     whose step was not grows it; around that a slow recentring follows the length of proposals, so
     that about ``active_share`` of the steps are cut.
 
-    Spikes. A gradient longer than ``spike_limit`` times the running mean of those before is cut to
-    that (inf: never), so that one bad batch spoils neither momentum nor metric.
+    Spikes. A gradient r times as long as the running mean of those before is, where r is above
+    ``spike_limit`` (inf: never), cut to spike_limit^2 / r times that mean: the longer, the less it
+    is trusted, so that one bad batch spoils neither momentum nor metric. This is the reciprocal
+    clipping of ZClip (arXiv 2504.02507) with a ratio in place of a z-score.
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
     metric_decay (of the diagonal metric), matrix_metric_decay, weight_decay (decoupled; below 6e-8
@@ -1017,8 +1019,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         return self._cached
 
     def _spike_share(self, norm: Tensor, finite: Tensor, limit: float) -> Tensor:
-        """What is left of a gradient of this norm: 1, or less if it is too long. Its norm joins the
-        running mean as it is then used, so that a lasting change is followed within tens of steps.
+        """What is left of a gradient of this norm: 1, or less if it is too long. It joins the
+        running mean as at most limit times the mean: enough to follow a lasting change.
         """
         mean, seen = self._region["norm"], self._region["seen"]
         norm, finite = norm.to(mean), finite.to(mean.device)
@@ -1027,7 +1029,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         rate = (1 / (seen + 1)).clamp(min=0.05)
         mean.copy_(torch.where(finite, mean + rate * (norm * share - mean), mean))
         seen.add_(finite)
-        return share
+        return share.square()
 
     def _adapt(
         self,

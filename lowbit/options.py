@@ -174,7 +174,7 @@ def make_parser() -> Parser:
         type=positive,
         metavar="G",
         help="cut gradients to this norm before the optimiser sees them (default: don't; the "
-        "hybrid cuts those three times as long as usual by itself)",
+        "hybrid cuts those three times as long as usual anyway)",
     )
     g.add_argument(
         "--temperature",

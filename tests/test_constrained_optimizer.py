@@ -594,14 +594,14 @@ def stepped(gradients, **options) -> tuple[torch.Tensor, ConstrainedOptimizer]:
 
 
 @pytest.mark.parametrize("never_wait", [False, True])
-def test_a_spike_is_cut_to_a_multiple_of_the_usual_length(monkeypatch, never_wait):
+def test_a_spike_is_cut_the_more_the_longer_it_is(monkeypatch, never_wait):
     monkeypatch.setattr(ConstrainedOptimizer, "never_wait", never_wait)
     unit = [torch.nn.functional.normalize(torch.randn(24), dim=0).view(6, 4) for _ in range(16)]
-    spiked = [*unit[:12], 1e6 * unit[12], *unit[13:]]
-    cut = [*unit[:12], 3 * unit[12], *unit[13:]]
+    spiked = [*unit[:12], 30 * unit[12], *unit[13:]]
+    cut = [*unit[:12], 3**2 / 30 * unit[12], *unit[13:]]
     found, opt = stepped(spiked, spike_limit=3)
     torch.testing.assert_close(found, stepped(cut, spike_limit=math.inf)[0])
-    # The mean took it for what it was then worth: 1, once 3 with a share of 1/13, three times 1.
+    # The mean took it for 3: 1 so far, then 3 with a share of 1/13, then three times 1.
     mean = 1 + 2 / 13 * (13 / 14) * (14 / 15) * (15 / 16)
     assert float(opt.state_dict()["state"]["region"]["norm"]) == pytest.approx(mean, rel=1e-5)
     assert not torch.allclose(found, stepped(spiked, spike_limit=math.inf)[0], atol=1e-4)
