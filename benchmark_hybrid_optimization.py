@@ -24,7 +24,8 @@ import shlex
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,16 +40,7 @@ from lowbit import RunFailed, UserError
 from lowbit.checkpoint import atomic_write, prepare_folder
 from lowbit.corpus import StratifiedSampler
 from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options
-from lowbit.studies import (
-    METHODS,
-    PAIR,
-    QUICK,
-    SPOILED,
-    SPOILED_EVERY,
-    SPOILED_TIMES,
-    STUDIES,
-    TASKS,
-)
+from lowbit.studies import METHODS, PAIR, QUICK, SPOILED, STUDIES, TASKS
 from lowbit.study import TIMED_PAIRS, Bench
 from lowbit.tables import (
     format_quantization,
@@ -65,6 +57,7 @@ from lowbit.tables import (
 )
 
 EVALUATION_WINDOWS = 512
+SPOILED_EVERY, SPOILED_TIMES = 40, 30.0  # of the study `faults`
 QUICK_LOOK = """Final loss, first step at the target and seconds of each method after the same steps
 at its default rate, and the quantisation error of two of them."""
 
@@ -93,20 +86,15 @@ def spoil_gradients(model: nn.Module) -> None:
     """From now on every SPOILED_EVERY-th gradient of a parameter is noise, SPOILED_TIMES as long,
     the same for every method and seed."""
 
-    def spoiler(number: int) -> Callable[[torch.Tensor], None]:
-        steps = itertools.count(1)
-
-        def hook(p: torch.Tensor) -> None:
-            step = next(steps)
-            if step % SPOILED_EVERY == 0 and p.grad is not None:
-                generator = torch.Generator().manual_seed(step * 1000 + number)
-                noise = torch.randn(p.shape, generator=generator).to(p.grad)
-                p.grad.copy_(noise * (SPOILED_TIMES * p.grad.norm() / noise.norm()))
-
-        return hook
+    def spoil(number: int, steps: Iterator[int], p: torch.Tensor) -> None:
+        step = next(steps)
+        if step % SPOILED_EVERY == 0 and p.grad is not None:
+            generator = torch.Generator().manual_seed(step * 1000 + number)
+            noise = torch.randn(p.shape, generator=generator).to(p.grad)
+            p.grad.copy_(noise * (SPOILED_TIMES * p.grad.norm() / noise.norm()))
 
     for number, p in enumerate(model.parameters()):
-        p.register_post_accumulate_grad_hook(spoiler(number))
+        p.register_post_accumulate_grad_hook(partial(spoil, number, itertools.count(1)))
 
 
 def run_once(

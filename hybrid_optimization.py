@@ -501,17 +501,20 @@ def inverse_square_root(gram: Tensor, damping: float) -> Tensor:
     """(A + damping mean(eig) I)^(-1/2) of symmetric positive semi-definite A (..., m, m).
 
     By eigenvalues on the CPU, by products alone elsewhere, where eigenvalues are slow and make
-    the host wait.
+    the host wait. Of zeros it is zero: 1e19 would meet the first gradient that is not.
     """
     tiny = torch.finfo(gram.dtype).tiny
     if gram.size(-1) == 1:
-        return (gram * (1 + damping) + tiny).rsqrt()
-    if gram.device.type != "cpu":
-        return newton_inverse_square_root(gram, damping)
-    values, vectors = torch.linalg.eigh(gram)
-    values = values.clamp_min(0)
-    values = values + damping * values.mean(-1, keepdim=True) + tiny
-    return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+        root = (gram * (1 + damping) + tiny).rsqrt()
+    elif gram.device.type != "cpu":
+        root = newton_inverse_square_root(gram, damping)
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+        values = values.clamp_min(0)
+        values = values + damping * values.mean(-1, keepdim=True) + tiny
+        root = (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+    known = gram.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+    return root * known[..., None, None]
 
 
 def newton_inverse_square_root(gram: Tensor, damping: float, iterations: int = 24) -> Tensor:
@@ -1022,14 +1025,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         """What is left of a gradient of this norm: 1, or less if it is too long. It joins the
         running mean as at most limit times the mean: enough to follow a lasting change.
         """
-        mean, seen = self._region["norm"], self._region["seen"]
+        region = self._region
+        mean, seen = region["norm"], region["seen"]
         norm, finite = norm.to(mean), finite.to(mean.device)
         usual = ~finite | (seen < self.SPIKELESS) | (mean == 0)
         share = torch.where(usual, 1.0, (limit * mean / norm).clamp(max=1))
         rate = (1 / (seen + 1)).clamp(min=0.05)
         mean.copy_(torch.where(finite, mean + rate * (norm * share - mean), mean))
         seen.add_(finite)
-        return share.square()
+        return share.square()  # of norm: limit^2 / r times the mean
 
     def _adapt(
         self,
@@ -1130,9 +1134,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             follow(gram, product.float(), 1 - decay)
             if due or f"{name}_root" not in bucket:
                 found = inverse_square_root(gram / (1 - decay**t), group["damping"])
-                # Of nothing yet it would be 1e19, and an old one would meet the first gradient.
-                known = gram.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
-                bucket[f"{name}_root"] = (found * known[..., None, None]).to(dtype)
+                bucket[f"{name}_root"] = found.to(dtype)
             return bucket[f"{name}_root"].to(dtype)
 
         # The smaller side (of a square matrix the inputs' side), then the other of what is left.

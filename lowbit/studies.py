@@ -21,7 +21,6 @@ from lowbit.study import Bench, gap_reduction, mean_interval, ratio, smallest_ho
 TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
 RUN = 320  # steps of the default run, where a study needs one length
 SPOILED = "--spoiled_gradients"  # a task's flag, of `benchmark_hybrid_optimization.run_once`
-SPOILED_EVERY, SPOILED_TIMES = 40, 30.0
 
 #: Method -> its flags. --cluster_batches is ours alone: batches balanced over clusters.
 METHODS: dict[str, list[str]] = {

@@ -169,10 +169,11 @@ def _draw_rates(ax: Any, entry: dict[str, Any]) -> None:
         losses = [found["losses"][r] for r in rates]
         (line,) = ax.plot([float(r) for r in rates], losses, marker="o", label=method)
         lost = [float(r) for r, loss in zip(rates, losses, strict=True) if not math.isfinite(loss)]
-        look = dict(ls="", marker="x", ms=9, color=line.get_color(), label=f"{method}: diverged")
         if lost:
-            top = [0.97] * len(lost)
-            ax.plot(lost, top, transform=ax.get_xaxis_transform(), **look)
+            look = dict(
+                ls="", marker="x", ms=9, color=line.get_color(), label=f"{method}: diverged"
+            )
+            ax.plot(lost, [0.97] * len(lost), transform=ax.get_xaxis_transform(), **look)
     ax.set(xlabel="base rate", ylabel="final validation loss, nats a byte", xscale="log")
     ax.legend()
 
