@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -226,32 +227,38 @@ def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
     rest = [p for _, p, kind in named if kind != "matrix"]
     everything = [p for _, p, _ in named]
     decay = dict(weight_decay=o.weight_decay)
+    betas = (o.momentum, 0.95)
     if o.method == "sgd":
-        return [torch.optim.SGD(everything, s.lr, momentum=0.9, **decay)]
+        return [torch.optim.SGD(everything, s.lr, momentum=o.momentum, **decay)]
     if o.method == "muon":
         device = everything[0].device
         emulated = device.type == "cpu" and not native_bfloat16(device)
         muon = OwnPrecisionMuon if emulated else torch.optim.Muon
         return [
-            muon(matrices, s.lr, adjust_lr_fn="match_rms_adamw", **decay),
+            muon(matrices, s.lr, momentum=o.momentum, adjust_lr_fn="match_rms_adamw", **decay),
             torch.optim.AdamW(rest, s.lr, betas=(0.9, 0.95), **decay),
         ]
     try:
         if o.method == "schedulefree":  # its own warm-up would be a second one
             from schedulefree import AdamWScheduleFree
 
-            schedule_free = AdamWScheduleFree(everything, s.lr, betas=(0.9, 0.95), **decay)
+            schedule_free = AdamWScheduleFree(everything, s.lr, betas=betas, **decay)
             schedule_free.train()
             return [schedule_free]
         if o.method == "prodigy":
             from prodigyopt import Prodigy
 
-            return [Prodigy(everything, s.lr, betas=(0.9, 0.95), **decay)]
+            # The coefficient of its own estimate is what its authors tune; the rate, 1, is the
+            # schedule's, whose warm-up calls for the safeguard. Its own second beta, 0.999, serves
+            # it better than 0.95 (EXPERIMENTS.md).
+            kept = dict(betas=(o.momentum, 0.999), safeguard_warmup=True)
+            with redirect_stdout(io.StringIO()):  # it says that its decay is decoupled
+                return [Prodigy(everything, 1.0, d_coef=s.lr, **kept, **decay)]
     except ImportError as e:
         raise UserError(
             f"--optimizer {o.method} needs the package {e.name}: pip install {e.name}"
         ) from e
-    return [torch.optim.AdamW(everything, s.lr, betas=(0.9, 0.95), **decay)]
+    return [torch.optim.AdamW(everything, s.lr, betas=betas, **decay)]
 
 
 @contextmanager

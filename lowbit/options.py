@@ -148,8 +148,8 @@ def make_parser() -> Parser:
     g.add_argument(
         "--lr",
         type=positive,
-        help="peak learning rate; hybrid: before the multiplier (default: by optimiser "
-        "and start; from the teacher: 3e-4 hybrid, 1e-3 adamw)",
+        help="peak learning rate; hybrid: before the multiplier; prodigy: coefficient of its own "
+        "(default: by optimiser and start; from the teacher: 3e-4 hybrid, 1e-3 adamw)",
     )
     g.add_argument(
         "--weight_decay",
@@ -160,14 +160,20 @@ def make_parser() -> Parser:
     g.add_argument(
         "--lr_schedule",
         choices=["linear", "cosine", "wsd", "constant"],
-        default="linear",
         help="after 5 %% warm-up; wsd is flat and falls in the last fifth; all but constant end "
-        "at 0 (default linear)",
+        "at 0 (default linear; schedulefree: constant)",
     )
     g.add_argument(
         "--optimizer",
         choices=["adamw", "sgd", "muon", "schedulefree", "prodigy"],
         help="without --hybrid (default adamw); the last two need the bench extra",
+    )
+    g.add_argument(
+        "--momentum",
+        type=_number(float, 0, 0.9999),
+        metavar="BETA",
+        help="of --optimizer: of sgd and of muon's matrices, first beta of the others (default "
+        "0.9; muon 0.95)",
     )
     g.add_argument(
         "--max_grad_norm",
@@ -274,6 +280,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--{given[0]} needs --hybrid")
     if o.hybrid and o.optimizer:
         raise UserError(f"--optimizer {o.optimizer} contradicts --hybrid; give one of them")
+    if o.hybrid and o.momentum is not None:
+        raise UserError("--momentum is of --optimizer and contradicts --hybrid; leave it out")
     if o.learnable_scale and not o.qat:
         raise UserError("--learnable_scale needs --qat")
     if o.quant_warmup is not None and not o.qat:
@@ -297,6 +305,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         )
 
     o.method = "hybrid" if o.hybrid else o.optimizer or "adamw"
+    if o.lr_schedule is None:
+        o.lr_schedule = "constant" if o.method == "schedulefree" else "linear"
+    if o.momentum is None:
+        o.momentum = 0.95 if o.method == "muon" else 0.9
     o.mode = "ternary" if o.ternary else "1bit"
     o.save_metrics = o.save_metrics or o.metrics_out is not None
     if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):

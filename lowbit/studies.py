@@ -33,7 +33,7 @@ METHODS: dict[str, list[str]] = {
     "AdamW + quantization warm-up": ["--optimizer", "adamw", "--quant_warmup", "0.8"],
     "AdamW + gradient clipping": ["--optimizer", "adamw", "--max_grad_norm", "1"],
     "Muon": ["--optimizer", "muon"],
-    "Schedule-Free AdamW": ["--optimizer", "schedulefree", "--lr_schedule", "constant"],
+    "Schedule-Free AdamW": ["--optimizer", "schedulefree"],
     "Prodigy": ["--optimizer", "prodigy"],
     "Full hybrid": ["--hybrid"],
     "Hybrid - auxiliary network": ["--hybrid", "--use_auxiliary_nn=false"],
@@ -83,7 +83,10 @@ TASKS: dict[str, Task] = {
 }
 #: Baselines that are given fewer steps, a share of the task's: they reach AdamW's loss earlier.
 SHORTER = {"Muon": 0.5}
-DECAYS = (0.01, 0.1, 0.3, 1.0)  # what tuning tries, while it helps
+#: What tuning tries beside rates: a flag and its values, the first while it looks for the rate.
+SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.95", "0.98"))}
+SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
+DECAYS = (0.01, 0.1, 0.3, 1.0)  # what it tries last, while it helps
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 
 
@@ -97,45 +100,45 @@ def given(task: Task, baseline: str) -> Task:
 
 def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
     """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
-    is interior, the other schedules at that rate, then more weight decay while it helps. One seed,
-    which no result uses."""
+    is interior, the other schedules at that rate (of Schedule-Free, which has none, other
+    momenta), then more weight decay while it helps. One seed, which no result uses."""
     table: list[dict[str, Any]] = []
+    name, (first, *others) = SHAPES.get(method, SCHEDULES)
+
+    def flags(rate: float, shape: str, decay: float) -> list[str]:
+        # The weakest decay is distillation.py's default and is left out.
+        more = [] if decay == DECAYS[0] else ["--weight_decay", f"{decay:g}"]
+        return ["--lr", f"{rate:g}", f"--{name}", shape, *more]
 
     def losses(trials: Sequence[tuple[float, str, float]]) -> list[float]:
         keys = [
-            bench.key(method, task.flags, task.steps, TUNING_SEED, tuned_flags(*trial))
+            bench.key(method, task.flags, task.steps, TUNING_SEED, flags(*trial))
             for trial in trials
         ]
         found = [r["final_loss"] for r in bench.run(keys)]
-        for (rate, schedule, decay), loss in zip(trials, found, strict=True):
-            table.append({"lr": rate, "schedule": schedule, "weight_decay": decay, "loss": loss})
+        for (rate, shape, decay), loss in zip(trials, found, strict=True):
+            table.append({"lr": rate, name: shape, "weight_decay": decay, "loss": loss})
         return found
 
     decay, *stronger = DECAYS
     start = task.rates[method]
     rates = [start / 2, start, start * 2]
-    found = dict(zip(rates, losses([(r, "linear", decay) for r in rates]), strict=True))
+    found = dict(zip(rates, losses([(r, first, decay) for r in rates]), strict=True))
     while (best := min(found, key=found.__getitem__)) in (min(found), max(found)):
         if len(found) > 7:
             break
         further = best / 2 if best == min(found) else best * 2
-        (found[further],) = losses([(further, "linear", decay)])
-    others = losses([(best, "cosine", decay), (best, "wsd", decay)])
-    schedules = dict(zip(("linear", "cosine", "wsd"), (found[best], *others), strict=True))
-    schedule = min(schedules, key=schedules.__getitem__)
-    lowest = schedules[schedule]
+        (found[further],) = losses([(further, first, decay)])
+    shapes = dict(zip(others, losses([(best, x, decay) for x in others]), strict=True))
+    shapes = {first: found[best], **shapes}
+    shape = min(shapes, key=shapes.__getitem__)
+    lowest = shapes[shape]
     for more in stronger:
-        (loss,) = losses([(best, schedule, more)])
+        (loss,) = losses([(best, shape, more)])
         if loss >= lowest:
             break
         decay, lowest = more, loss
-    return tuned_flags(best, schedule, decay), table
-
-
-def tuned_flags(rate: float, schedule: str, decay: float) -> list[str]:
-    """Flags of a trial. The weakest decay is distillation.py's default and is left out."""
-    more = [] if decay == DECAYS[0] else ["--weight_decay", f"{decay:g}"]
-    return ["--lr", f"{rate:g}", "--lr_schedule", schedule, *more]
+    return flags(best, shape, decay), table
 
 
 # ------------------------------------------------------------------------------------- studies

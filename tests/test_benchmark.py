@@ -173,7 +173,7 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     best = ["--lr", "2", "--lr_schedule", "cosine", "--weight_decay", "0.1"]
     assert tuning["chosen"] == best
     assert [r["weight_decay"] for r in tuning["table"]][-2:] == [0.1, 0.3]
-    rates = [r["lr"] for r in tuning["table"] if r["schedule"] == "linear"]
+    rates = [r["lr"] for r in tuning["table"] if r["lr_schedule"] == "linear"]
     assert min(rates) < 2 < max(rates)
     assert entry["steps_ratio_vs_adamw"]["value"] == 0.5
     assert entry["seconds_ratio_vs_adamw"]["value"] == pytest.approx(0.5)

@@ -237,7 +237,7 @@ def test_each_flag_changes_the_result(run, flags):
     assert before.keys() != after.keys() or not equal(before, after)
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd", "muon"])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "schedulefree", "prodigy"])
 def test_baselines_train(run, name):
     code, lines, folder = run(
         "--ternary", "--qat", "--epochs", "3", "--optimizer", name, "--save_metrics"
@@ -248,6 +248,23 @@ def test_baselines_train(run, name):
     assert not any("HYBRID" in x for x in lines)
     losses = [float(r["train_loss"]) for r in rows_of(folder / "student_metrics.csv")]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "muon", "schedulefree", "prodigy"])
+def test_momentum_and_rate_reach_every_baseline(run, name):
+    base = ["--ternary", "--qat", "--epochs", "1", "--optimizer", name]
+    changed = ([], ["--momentum", "0.5"], ["--lr", "0.0123"])
+    a, b, c = (weights(run(*base, *flags)[2]) for flags in changed)
+    assert not equal(a, b)
+    assert not equal(a, c)
+
+
+def test_schedule_free_has_no_schedule_unless_asked(run):
+    base = ["--ternary", "--qat", "--epochs", "2", "--optimizer", "schedulefree"]
+    changed = ([], ["--lr_schedule", "constant"], ["--lr_schedule", "linear"])
+    a, b, c = (weights(run(*base, *flags)[2]) for flags in changed)
+    assert equal(a, b)
+    assert not equal(a, c)
 
 
 def test_ternary_without_qat_trains_in_full_precision(run, monkeypatch):
