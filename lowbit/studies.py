@@ -7,7 +7,7 @@ the hybrid has its default settings.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -84,9 +84,12 @@ TASKS: dict[str, Task] = {
 #: Baselines that are given fewer steps, a share of the task's: they reach AdamW's loss earlier.
 SHORTER = {"Muon": 0.5}
 #: What tuning tries beside rates: a flag and its values, the first while it looks for the rate.
-SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.95", "0.98"))}
+SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.8", "0.95", "0.98"))}
 SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
-DECAYS = (0.01, 0.1, 0.3, 1.0)  # what it tries last, while it helps
+DECAYS = (0.01, 0.1, 0.3, 1.0)  # then, while it helps
+#: Last, each way while it helps; 0.9 is the default, Muon's 0.95.
+MOMENTA = ((0.8, 0.6, 0.4, 0.2), (0.95, 0.98))
+MUON_MOMENTA = ((0.9, 0.8), (0.98,))
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 
 
@@ -101,24 +104,38 @@ def given(task: Task, baseline: str) -> Task:
 def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
     """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
     is interior, the other schedules at that rate (of Schedule-Free, which has none, other
-    momenta), then more weight decay while it helps. One seed, which no result uses."""
+    momenta), then more weight decay and another momentum while they help. One seed, which no
+    result uses. From a log: as far as its decays and momenta go."""
     table: list[dict[str, Any]] = []
     name, (first, *others) = SHAPES.get(method, SCHEDULES)
 
-    def flags(rate: float, shape: str, decay: float) -> list[str]:
-        # The weakest decay is distillation.py's default and is left out.
-        more = [] if decay == DECAYS[0] else ["--weight_decay", f"{decay:g}"]
-        return ["--lr", f"{rate:g}", f"--{name}", shape, *more]
+    def flags(rate: float, shape: str, decay: float, momentum: float | None = None) -> list[str]:
+        words = ["--lr", f"{rate:g}", f"--{name}", shape]
+        if decay != DECAYS[0]:  # the weakest is distillation.py's default
+            words += ["--weight_decay", f"{decay:g}"]
+        return words if momentum is None else [*words, "--momentum", f"{momentum:g}"]
 
-    def losses(trials: Sequence[tuple[float, str, float]]) -> list[float]:
-        keys = [
-            bench.key(method, task.flags, task.steps, TUNING_SEED, flags(*trial))
-            for trial in trials
-        ]
-        found = [r["final_loss"] for r in bench.run(keys)]
-        for (rate, shape, decay), loss in zip(trials, found, strict=True):
-            table.append({"lr": rate, name: shape, "weight_decay": decay, "loss": loss})
+    def key(trial: tuple) -> dict[str, Any]:
+        return bench.key(method, task.flags, task.steps, TUNING_SEED, flags(*trial))
+
+    def losses(trials: Sequence[tuple]) -> list[float]:
+        found = [r["final_loss"] for r in bench.run(map(key, trials))]
+        for (rate, shape, decay, *momentum), loss in zip(trials, found, strict=True):
+            row = {"lr": rate, name: shape, "weight_decay": decay, "loss": loss}
+            table.append({**row, "momentum": momentum[0]} if momentum else row)
         return found
+
+    def climb(values: Sequence[float], trial: Callable[[float], tuple], lowest: float) -> tuple:
+        """(the last of the values that helped, None if none did, and the lowest loss)."""
+        kept = None
+        for value in values:
+            if bench.from_log and bench.missing([key(trial(value))]):
+                break
+            (loss,) = losses([trial(value)])
+            if loss >= lowest:
+                break
+            kept, lowest = value, loss
+        return kept, lowest
 
     decay, *stronger = DECAYS
     start = task.rates[method]
@@ -133,12 +150,12 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
     shapes = {first: found[best], **shapes}
     shape = min(shapes, key=shapes.__getitem__)
     lowest = shapes[shape]
-    for more in stronger:
-        (loss,) = losses([(best, shape, more)])
-        if loss >= lowest:
-            break
-        decay, lowest = more, loss
-    return flags(best, shape, decay), table
+    found_decay, lowest = climb(stronger, lambda d: (best, shape, d), lowest)
+    decay, momentum = found_decay or decay, None
+    for way in () if name == "momentum" else MUON_MOMENTA if method == "Muon" else MOMENTA:
+        if momentum is None:
+            momentum, lowest = climb(way, lambda m: (best, shape, decay, m), lowest)
+    return flags(best, shape, decay, momentum), table
 
 
 # ------------------------------------------------------------------------------------- studies

@@ -136,11 +136,14 @@ class Bench:
         self.bar.close()
         with self._lock:
             pool, self._pool = self._pool, None
-        if pool is not None:
+        if pool is None:
+            return
+        done = all(future.done() for future in self._running.values())
+        if not done:
             # Not cancel_futures: who waits for a run that was cancelled would not be woken.
             for process in list((getattr(pool, "_processes", None) or {}).values()):
                 process.terminate()
-            pool.shutdown(wait=False)
+        pool.shutdown(wait=done)  # those that have nothing to do clean up behind them
 
     def key(
         self, method: str, task: str, steps: int, seed: int, extra: Sequence[str] = ()
@@ -323,8 +326,9 @@ def alternate(runs: Sequence[Callable[..., T]]) -> list[T]:
                 results[mine] = value
                 del shares[mine]
     finally:
-        for process in processes:
-            process.terminate()
+        for i, process in enumerate(processes):
+            if i not in results:
+                process.terminate()
             process.join()
     return [results[i] for i in range(len(runs))]
 

@@ -62,6 +62,11 @@ def summarise(runs: Sequence[dict[str, Any]], target: float | None) -> dict[str,
     return {"target": target, "table": table}
 
 
+def with_interval(mean: float, half_width: float) -> str:
+    """One seed has no interval."""
+    return f"{mean:.4f}" + ("" if math.isnan(half_width) else f" +- {half_width:.4f}")
+
+
 def format_table(summary: dict[str, Any]) -> list[str]:
     lines = [f"{'Method':<20} | {'Final Loss':<17} | {'Steps to Converge':<17} | Time (s)"]
     lines.append("-" * len(lines[0]))
@@ -71,12 +76,13 @@ def format_table(summary: dict[str, Any]) -> list[str]:
         if row["diverged"]:
             loss = f"diverged, {row['diverged']} of {n}"
         else:
-            loss = f"{row['final_loss']:.4f} +- {row['final_loss_ci95']:.4f}"
+            loss = with_interval(row["final_loss"], row["final_loss_ci95"])
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
         lines.append(f"{row['method']:<20} | {loss:<17} | {reached:<17} | {seconds}".rstrip())
     n = summary["table"][0]["n"]
+    over = f"mean of {n} seeds, 95 % t-interval" if n > 1 else "one seed, no interval"
     lines.append(
-        f"Validation loss of the student, nats a byte; mean of {n} seeds, 95 % t-interval. "
+        f"Validation loss of the student, nats a byte; {over}. "
         f"Converged: {summary['target']:.4f} on the windows of every epoch."
     )
     return lines
@@ -103,7 +109,8 @@ def format_quantization(rows: Sequence[dict[str, Any]]) -> list[str]:
     lines = [f"{'Method':<20} | Quantization error, nats a byte"]
     lines.append("-" * len(lines[0]))
     for r in rows:
-        lines.append(f"{r['method']:<20} | {r['quantization_error']:.4f} +- {r['ci95']:.4f}")
+        error = with_interval(r["quantization_error"], r["ci95"])
+        lines.append(f"{r['method']:<20} | {error}")
     lines.append(
         "Loss of the quantized student above the best full-precision student (either optimiser) "
         "after the same steps."
@@ -269,6 +276,6 @@ def print_summary(value: Any, prefix: str = "") -> None:
             if k != "tuning":
                 print_summary(v, f"{prefix} / {k}" if prefix else str(k))
     elif isinstance(value, tuple):
-        print(f"{prefix}: {value[0]:.4f} +- {value[1]:.4f}")
+        print(f"{prefix}: {with_interval(*value)}")
     elif isinstance(value, (int, float)):
         print(f"{prefix}: {value:.4g}")

@@ -135,7 +135,9 @@ def test_parts_of_a_study_share_their_runs(tmp_path, notes):
     keys = [bench.key(notes, "", 16, seed) for seed in range(4)]
     parts = [partial(bench.run, keys[:3]), partial(bench.run, keys[:0:-1])]
     found = bench.together(parts)
+    processes = list(bench._pool._processes.values())
     bench.close()
+    assert [p.exitcode for p in processes] == [0, 0]  # not killed: they clean up behind them
     assert [[r["final_loss"] for r in rs] for rs in found] == [[0, 1, 2], [3, 2, 1]]
     assert len(Path(notes).read_text().splitlines()) == 4
     assert sorted(r["seed"] for r in RunLog(tmp_path / "runs.jsonl").runs) == [0, 1, 2, 3]
