@@ -84,7 +84,7 @@ TASKS: dict[str, Task] = {
 #: Baselines that are given fewer steps, a share of the task's: they reach AdamW's loss earlier.
 SHORTER = {"Muon": 0.5}
 #: What tuning tries beside rates: a flag and its values, the first while it looks for the rate.
-SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.8", "0.95", "0.98"))}
+SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.95", "0.98"))}
 SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
 DECAYS = (0.01, 0.1, 0.3, 1.0)  # then, while it helps
 #: Last, each way while it helps; 0.9 is the default, Muon's 0.95.
