@@ -251,9 +251,12 @@ def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
             # The coefficient of its own estimate is what its authors tune; the rate, 1, is the
             # schedule's, whose warm-up calls for the safeguard. Its own second beta, 0.999, serves
             # it better than 0.95 (EXPERIMENTS.md).
-            kept = dict(betas=(o.momentum, 0.999), safeguard_warmup=True)
+            betas = (o.momentum, 0.999)
             with redirect_stdout(io.StringIO()):  # it says that its decay is decoupled
-                return [Prodigy(everything, 1.0, d_coef=s.lr, **kept, **decay)]
+                found = Prodigy(
+                    everything, d_coef=s.lr, betas=betas, safeguard_warmup=True, **decay
+                )
+            return [found]
     except ImportError as e:
         raise UserError(
             f"--optimizer {o.method} needs the package {e.name}: pip install {e.name}"

@@ -87,9 +87,9 @@ SHORTER = {"Muon": 0.5}
 SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.95", "0.98"))}
 SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
 DECAYS = (0.01, 0.1, 0.3, 1.0)  # then, while it helps
-#: Last, each way while it helps; 0.9 is the default, Muon's 0.95.
+#: Last, each way while it helps, from distillation.py's default (0.9, Muon's 0.95).
 MOMENTA = ((0.8, 0.6, 0.4, 0.2), (0.95, 0.98))
-MUON_MOMENTA = ((0.9, 0.8), (0.98,))
+OTHER_MOMENTA = {"Muon": ((0.9, 0.8), (0.98,)), "Schedule-Free AdamW": ()}  # its is a shape
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 
 
@@ -125,19 +125,21 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
             table.append({**row, "momentum": momentum[0]} if momentum else row)
         return found
 
-    def climb(values: Sequence[float], trial: Callable[[float], tuple], lowest: float) -> tuple:
-        """(the last of the values that helped, None if none did, and the lowest loss)."""
-        kept = None
+    def climb(
+        now: Any, lowest: float, values: Sequence[float], trial: Callable[[float], tuple]
+    ) -> tuple[Any, float]:
+        """(the last of the values that helped, else the present one, and the lowest loss)."""
         for value in values:
             if bench.from_log and bench.missing([key(trial(value))]):
                 break
             (loss,) = losses([trial(value)])
             if loss >= lowest:
                 break
-            kept, lowest = value, loss
-        return kept, lowest
+            now, lowest = value, loss
+        return now, lowest
 
     decay, *stronger = DECAYS
+    momentum = None
     start = task.rates[method]
     rates = [start / 2, start, start * 2]
     found = dict(zip(rates, losses([(r, first, decay) for r in rates]), strict=True))
@@ -150,11 +152,10 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
     shapes = {first: found[best], **shapes}
     shape = min(shapes, key=shapes.__getitem__)
     lowest = shapes[shape]
-    found_decay, lowest = climb(stronger, lambda d: (best, shape, d), lowest)
-    decay, momentum = found_decay or decay, None
-    for way in () if name == "momentum" else MUON_MOMENTA if method == "Muon" else MOMENTA:
+    decay, lowest = climb(decay, lowest, stronger, lambda d: (best, shape, d))
+    for way in OTHER_MOMENTA.get(method, MOMENTA):
         if momentum is None:
-            momentum, lowest = climb(way, lambda m: (best, shape, decay, m), lowest)
+            momentum, lowest = climb(momentum, lowest, way, lambda m: (best, shape, decay, m))
     return flags(best, shape, decay, momentum), table
 
 
