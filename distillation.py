@@ -43,6 +43,7 @@ from lowbit.muon import OwnPrecisionMuon
 from lowbit.options import (
     DEFAULT_LR,
     HYBRID_DECAY,
+    HYBRID_MOMENTUM,
     HYBRID_QUANT_WARMUP,
     STEPS_PER_EPOCH,
     parse_options,
@@ -101,6 +102,9 @@ def settle_by_start(o: argparse.Namespace) -> None:
         o.lr = DEFAULT_LR[o.method][o.student_init]
     if o.weight_decay is None:
         o.weight_decay = HYBRID_DECAY[o.student_init] if o.hybrid else 0.01
+    if o.momentum is None:
+        usual = 0.95 if o.method == "muon" else 0.9
+        o.momentum = HYBRID_MOMENTUM[o.student_init] if o.hybrid else usual
     if o.quant_warmup is None:
         o.quant_warmup = HYBRID_QUANT_WARMUP[o.student_init] if o.hybrid and o.qat else 0.0
     if o.use_matrix_geometry is None:  # it does not pay in a conversion: EXPERIMENTS.md
@@ -209,6 +213,7 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
             step_length=ConstrainedOptimizer.RELATIVE_GAIN * DEFAULT_LR["hybrid"][o.student_init],
             max_steps=s.max_steps,
             batch_size=o.batch_size,
+            momentum=o.momentum,
             weight_decay=o.weight_decay,
             warmup_fraction=WARMUP_FRACTION,
             lr_schedule=o.lr_schedule,

@@ -737,7 +737,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         adapt_radius: bool = True,
         use_trust_region: bool = True,
         use_matrix_geometry: bool = True,
-        refresh_every: int = 10,
+        refresh_every: int = 20,
         damping: float = 0.1,
         largest_block: int = 1024,
         product_dtype: torch.dtype | None = None,
@@ -1097,13 +1097,18 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             ahead = torch.add(mean, g, alpha=(1 - beta) / factor)
         else:
             ahead, factor = g.clone(), 1.0
+
+        def mean_square(name: str, x: Tensor) -> Tensor:
+            """Of each entry, over the steps; to be divided by 1 - metric_decay^t."""
+            if name not in bucket:
+                bucket[name] = torch.zeros_like(x)
+            square = bucket[name]
+            follow(square, x * x, 1 - group["metric_decay"])
+            return square
+
         if bucket.kind != "matrix" or not group["use_matrix_geometry"]:
-            decay = group["metric_decay"]
-            if "square" not in bucket:
-                bucket["square"] = torch.zeros_like(g)
-            square = bucket["square"]
-            follow(square, g * g, 1 - decay)
-            divisor = square.sqrt().mul_(1 / math.sqrt(1 - decay**t)).add_(1e-12)
+            bias = 1 - group["metric_decay"] ** t
+            divisor = mean_square("square", g).sqrt().mul_(1 / math.sqrt(bias)).add_(1e-12)
             d = ahead.div_(divisor.mul_(1 / factor))
             size = bucket.norm(d)
             return d, torch.ones_like(size), size
@@ -1145,14 +1150,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if inner > 1:
             g, ahead = (x.transpose(-3, -2) for x in (g, ahead))
         g, ahead = (x.reshape(*lead, outer, -1, small) for x in (g, ahead))
-        d = (root("outer", g @ g.mT) @ ahead).float()
+        d = (root("outer", g @ g.mT) @ ahead).float().view(*lead, large, small)
+        # Rows and columns are even now; entries need not be.
+        d = d.div_(mean_square("whitened_square", d).sqrt().add_(1e-12))
         # Of the length of the first side's step, which is short where gradients disagree; of the
         # size of Adam's entries, times WHITENED_GAIN and the root of the aspect ratio: wide
         # matrices bear longer steps than square ones (EXPERIMENTS.md).
         gain = factor * self.WHITENED_GAIN * math.sqrt(large * min(large / small, 4.0))
         length = bucket.norm(ahead) * gain
         scale = torch.where(length > 0, length / bucket.norm(d).clamp_min(1e-30), 1.0)
-        d = d.view(*lead, large, small)
         return (d.mT if wide else d).reshape(*lead, *bucket.shape), scale, length
 
 

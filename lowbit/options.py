@@ -15,7 +15,7 @@ from lowbit.student import STUDENT_SIZES
 #: hybrid and adamw come from sweeps (EXPERIMENTS.md), as does SGD's from random weights; the others
 #: are usual values.
 DEFAULT_LR = {
-    "hybrid": {"teacher": 3e-4, "random": 7e-3},
+    "hybrid": {"teacher": 3e-4, "random": 6e-3},
     "adamw": {"teacher": 1e-3, "random": 4e-3},
     "sgd": {"teacher": 0.1, "random": 0.03},
     "muon": {"teacher": 2e-3, "random": 1e-2},
@@ -23,7 +23,9 @@ DEFAULT_LR = {
     "prodigy": {"teacher": 1.0, "random": 1.0},
 }
 #: Decoupled weight decay of the hybrid where --weight_decay is not given, by start of the student.
-HYBRID_DECAY = {"teacher": 1e-5, "random": 0.45}
+HYBRID_DECAY = {"teacher": 1e-5, "random": 0.5}
+#: Its momentum where --momentum is not given, by start of the student.
+HYBRID_MOMENTUM = {"teacher": 0.9, "random": 0.8}
 #: Share of the run over which the hybrid's rounding sets in where --quant_warmup is not given.
 HYBRID_QUANT_WARMUP = {"teacher": 0.0, "random": 0.8}
 STEPS_PER_EPOCH = 16
@@ -154,7 +156,7 @@ def make_parser() -> Parser:
     g.add_argument(
         "--weight_decay",
         type=_number(float, 0),
-        help="decoupled, a step and unit of lr (default 0.01; hybrid, matrices only: 0.45 from "
+        help="decoupled, a step and unit of lr (default 0.01; hybrid, matrices only: 0.5 from "
         "scratch, 1e-5 from the teacher)",
     )
     g.add_argument(
@@ -172,8 +174,8 @@ def make_parser() -> Parser:
         "--momentum",
         type=_number(float, 0, 0.9999),
         metavar="BETA",
-        help="of --optimizer: of sgd and of muon's matrices, first beta of the others (default "
-        "0.9; muon 0.95)",
+        help="of the hybrid, of sgd and of muon's matrices, first beta of the others (default 0.9; "
+        "muon 0.95; hybrid from scratch 0.8)",
     )
     g.add_argument(
         "--max_grad_norm",
@@ -280,8 +282,6 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError(f"--{given[0]} needs --hybrid")
     if o.hybrid and o.optimizer:
         raise UserError(f"--optimizer {o.optimizer} contradicts --hybrid; give one of them")
-    if o.hybrid and o.momentum is not None:
-        raise UserError("--momentum is of --optimizer and contradicts --hybrid; leave it out")
     if o.learnable_scale and not o.qat:
         raise UserError("--learnable_scale needs --qat")
     if o.quant_warmup is not None and not o.qat:
@@ -307,8 +307,6 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     o.method = "hybrid" if o.hybrid else o.optimizer or "adamw"
     if o.lr_schedule is None:
         o.lr_schedule = "constant" if o.method == "schedulefree" else "linear"
-    if o.momentum is None:
-        o.momentum = 0.95 if o.method == "muon" else 0.9
     o.mode = "ternary" if o.ternary else "1bit"
     o.save_metrics = o.save_metrics or o.metrics_out is not None
     if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):

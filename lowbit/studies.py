@@ -56,7 +56,7 @@ class Task:
     flags: str
     steps: int
     rates: dict[str, float]
-    expected: float = 0.45
+    expected: float = 0.5
 
 
 FROM_SCRATCH = {"AdamW": 4e-3, "Muon": 1e-2, "Schedule-Free AdamW": 4e-3, "Prodigy": 1.0}

@@ -122,7 +122,6 @@ def test_unknown_flags_and_choices(fails: Fails, flags: list[str], message: str)
           if n.endswith(("clusters", "radius"))),
         (["--use_clustering=false"], "--use_clustering needs --hybrid"),
         (["--hybrid", "--optimizer", "muon"], "--optimizer muon contradicts --hybrid"),
-        (["--hybrid", "--momentum", "0.5"], "--momentum is of --optimizer"),
         (["--learnable_scale"], "--learnable_scale needs --qat"),
         (["--quant_warmup=0.5"], "--quant_warmup needs --qat"),
         (["--hybrid", "--use_clustering=0", "--data_clusters=4"],
@@ -380,20 +379,23 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("flags", "start", "expected"),
     [
-        (["--hybrid", "--qat"], "teacher", (3e-4, 1e-5, 0.0, False)),
-        (["--hybrid", "--qat"], "random", (7e-3, 0.45, 0.8, True)),
-        (["--hybrid"], "random", (7e-3, 0.45, 0.0, True)),
-        (["--qat"], "random", (4e-3, 0.01, 0.0, True)),
-        (["--qat", "--quant_warmup=1"], "teacher", (1e-3, 0.01, 1.0, False)),
-        (["--hybrid", "--lr=1", "--weight_decay=0"], "random", (1, 0, 0.0, True)),
-        (["--hybrid", "--use_matrix_geometry"], "teacher", (3e-4, 1e-5, 0.0, True)),
+        (["--hybrid", "--qat"], "teacher", (3e-4, 1e-5, 0.9, 0.0, False)),
+        (["--hybrid", "--qat"], "random", (6e-3, 0.5, 0.8, 0.8, True)),
+        (["--hybrid"], "random", (6e-3, 0.5, 0.8, 0.0, True)),
+        (["--qat"], "random", (4e-3, 0.01, 0.9, 0.0, True)),
+        (["--qat", "--quant_warmup=1"], "teacher", (1e-3, 0.01, 0.9, 1.0, False)),
+        (["--hybrid", "--lr=1", "--momentum=0"], "random", (1, 0.5, 0, 0.0, True)),
+        (["--hybrid", "--weight_decay=0"], "random", (6e-3, 0, 0.8, 0.0, True)),
+        (["--optimizer=muon"], "random", (1e-2, 0.01, 0.95, 0.0, True)),
+        (["--hybrid", "--use_matrix_geometry"], "teacher", (3e-4, 1e-5, 0.9, 0.0, True)),
     ],
 )
 def test_defaults_that_depend_on_the_start(flags, start, expected) -> None:
     o = parse_options(flags)
     o.student_init = start
     distillation.settle_by_start(o)
-    assert (o.lr, o.weight_decay, o.quant_warmup, o.use_matrix_geometry) == expected
+    found = (o.lr, o.weight_decay, o.momentum, o.quant_warmup, o.use_matrix_geometry)
+    assert found == expected
 
 
 def test_switching_off_what_is_off_is_no_contradiction() -> None:

@@ -84,7 +84,7 @@ def reference_direction(grads: list[np.ndarray], block: int, beta=0.9, decay=0.9
         return reference_direction([g.T for g in grads], block, beta, decay, damping).T
     large, small = grads[0].shape
     parts = [slice(i, i + block) for i in range(0, large, block)]
-    mean = inner = np.zeros(())
+    mean = inner = square = np.zeros(())
     outer = [np.zeros(())] * len(parts)
     for t, g in enumerate(grads, 1):
         mean = beta * mean + (1 - beta) * g
@@ -95,14 +95,17 @@ def reference_direction(grads: list[np.ndarray], block: int, beta=0.9, decay=0.9
             decay * x + (1 - decay) * (half[p] @ half[p].T)
             for x, p in zip(outer, parts, strict=True)
         ]
-    ahead = (beta * mean / (1 - beta**t) + (1 - beta) * g) @ root
-    d = np.concatenate(
-        [
-            reference_root(x / (1 - decay**t), damping) @ ahead[p]
-            for x, p in zip(outer, parts, strict=True)
-        ]
-    )
-    d *= np.linalg.norm(ahead) / np.linalg.norm(d)
+        factor = beta / (1 - beta**t)  # the length's only
+        ahead = (mean + (1 - beta) / factor * g) @ root
+        d = np.concatenate(
+            [
+                reference_root(x / (1 - decay**t), damping) @ ahead[p]
+                for x, p in zip(outer, parts, strict=True)
+            ]
+        )
+        square = 0.95 * square + 0.05 * d * d
+    d = d / np.sqrt(square)
+    d *= factor * np.linalg.norm(ahead) / np.linalg.norm(d)
     return d * 0.75 * math.sqrt(large * min(large / small, 4))
 
 
@@ -223,9 +226,10 @@ def polar(g: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (8, 5), (5, 8)])
-def test_whitening_of_one_gradient_is_its_polar_factor(shape):
-    """Without noise and damping the step is sqrt(n) times the orthogonal polar factor; blocks of
-    the larger side (two of four) become polar factors of their own, and the length stays."""
+def test_first_whitened_step_has_the_signs_of_the_polar_factor(shape):
+    """Without noise and damping whitening gives the orthogonal polar factor; blocks of the larger
+    side (two of four) become polar factors of their own. Entries of its signs, as Adam's first
+    step has of the gradient's, sqrt(n) times the polar factor's length."""
     torch.manual_seed(0)
     g = torch.randn(shape)
     p = nn.Parameter(torch.ones(shape))
@@ -234,15 +238,14 @@ def test_whitening_of_one_gradient_is_its_polar_factor(shape):
     )
     p.grad = g
     opt.step()
-    whole = polar(g)
-    expected = whole
+    expected = polar(g)
     if shape != (5, 5):
-        tall = whole if shape == (8, 5) else whole.mT
+        tall = expected if shape == (8, 5) else expected.mT
         blocks = torch.cat([polar(tall[:4]), polar(tall[4:])])
-        blocks *= torch.linalg.vector_norm(whole) / torch.linalg.vector_norm(blocks)
         expected = blocks if shape == (8, 5) else blocks.mT
     small, large = sorted(shape)
-    expected = 0.75 * math.sqrt(large * large / small) * expected
+    length = math.sqrt(small / g.numel())  # of the polar factor, an entry
+    expected = 0.75 * math.sqrt(large * large / small) * length * expected.sign()
     torch.testing.assert_close(1 - p.detach(), expected, rtol=1e-3, atol=1e-4)
 
 
