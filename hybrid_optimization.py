@@ -6,9 +6,10 @@ its risk while the local model of the loss can be trusted; so every step solves
     min_d  L(Theta + d)   subject to   ||d_c||_2 <= mu_c ||Theta_c||_2   for each cluster c
 
 of parameters, where the shape of d is the minimiser of the linear model in a norm learned from
-gradients (a matrix for weight matrices, a diagonal for the rest), its length is set by a learning
-rate, and a small auxiliary network, trained while the run goes on, predicts how much longer or
-shorter than planned the step should be and how wide the region is.
+gradients (a matrix a side for weight matrices, whose entries are then evened out; a diagonal for
+the rest), its length is set by a learning rate, and a small auxiliary network, trained while the
+run goes on, predicts how much longer or shorter than planned the step should be and how wide the
+region is.
 
     from hybrid_optimization import HybridOptimizationManager, HybridTrainingConfig
 
@@ -679,10 +680,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     weight matrix (out, in) the linear model <M, D> is minimised in the metric learned from
     gradients: D = -L^(-1/2) M R^(-1/2) with R = E[G^T G] and L = E[G R^(-1) G^T], R on the smaller
     side. One side alone is ASGO's step (arXiv 2503.20762); both together whiten the gradient, as
-    Shampoo (Gupta et al., arXiv 1802.09568) does with roots of one joint estimate; the noise-free
-    limit is Muon's -polar(M). L is kept in blocks of at most OUTER_BLOCK rows, R of at most
-    largest_block. Other parameters use the diagonal metric, which is Adam (arXiv 1412.6980) with
-    look-ahead (Dozat 2016).
+    Shampoo (Gupta et al., arXiv 1802.09568) does with roots of one joint estimate; without noise
+    that is Muon's -polar(M). L is kept in blocks of at most OUTER_BLOCK rows, R of at most
+    largest_block. Each entry of D is then divided by its root mean square over the steps, as in
+    AdaMuon (arXiv 2507.11005). Other parameters use the diagonal metric, which is Adam (arXiv
+    1412.6980) with look-ahead (Dozat 2016).
 
     Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
     square of the proposed entries is up to 2 % of the weights' in the diagonal metric, and in a
@@ -701,7 +703,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     clipping of ZClip (arXiv 2504.02507) with a ratio in place of a z-score.
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
-    metric_decay (of the diagonal metric), matrix_metric_decay, weight_decay (decoupled; below 6e-8
+    metric_decay (of entries' mean squares), matrix_metric_decay, weight_decay (decoupled; below 6e-8
     of a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
     the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), largest_block,
     product_dtype (of the metric's products; None: bfloat16 where `native_bfloat16`, else float32),
@@ -1068,8 +1070,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     def _direction(
         self, bucket: _Bucket, order: int, keep: Tensor | None, left: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(d, scale, size): the unit-scale direction of a bucket is d x scale (its negative is a
-        descent direction), d of the bucket's shape; scale and size, the 2-norm of that, are
+        """(d, scale, size): the unit-scale direction of a bucket is d x scale (weights move
+        against it), d of the bucket's shape; scale and size, the 2-norm of that, are
         (count,). Their product is left to the final update, which reads d anyway. keep: 0 where
         the step must leave no trace, 1 otherwise; left: the share of the gradient that is trusted
         (None: 1, and no time lost on it)."""

@@ -203,11 +203,9 @@ def bracket(
             point = (low + high) // 2
         stride *= 2
     beyond = high + 1
-    while beyond <= points:
+    while beyond <= points and open_interval():
         reached(beyond)
         beyond += 1
-        if not open_interval():
-            break
     return dict(sorted(horizons.items()))
 
 
