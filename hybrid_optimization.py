@@ -703,8 +703,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     clipping of ZClip (arXiv 2504.02507) with a ratio in place of a z-score.
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
-    metric_decay (of entries' mean squares), matrix_metric_decay, weight_decay (decoupled; below 6e-8
-    of a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
+    metric_decay (of entries' squares), matrix_metric_decay, weight_decay (decoupled; below 6e-8 of
+    a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
     the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), largest_block,
     product_dtype (of the metric's products; None: bfloat16 where `native_bfloat16`, else float32),
     kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
