@@ -184,8 +184,9 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert entry["seconds_ratio_vs_adamw"]["value"] == pytest.approx(0.5)
     assert entry["step_time_ratio_vs_adamw"]["value"] == 1
     horizons = [steps for method, steps, _, _ in law if method == "Full hybrid"]
-    # One on either side of the first that reaches the target.
-    assert horizons == [160] * 3 + [144] * 3 + [176] * 3
+    # The first that reaches the target and one below; every resample reaches it, so that none
+    # beyond could move the interval.
+    assert horizons == [160] * 3 + [144] * 3
     lines = (tmp_path / "convergence" / "runs.jsonl").read_text().splitlines()
     timed = [r for r in map(json.loads, lines) if "purpose" in r]
     seconds = [(r["method"], r["seed"], r["seconds"]) for r in timed]
