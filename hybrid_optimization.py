@@ -1083,34 +1083,29 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if left is not None:
             g = g * left.to(g.device)
 
-        def follow(mean: Tensor, x: Tensor, rate: float) -> None:
+        def follow(name: str, x: Tensor, rate: float) -> Tensor:
+            """The running mean that the states hold under this name, now that x has joined it."""
+            if name not in bucket:
+                bucket[name] = torch.zeros_like(x)
+            mean = bucket[name]
             mean.lerp_(x, rate if keep is None else rate * keep)
+            return mean
 
         for state in bucket.states:
             state["step"] = state.get("step", 0) + 1
         t, beta = bucket.states[0]["step"], group["momentum"]
-        if t == 1:
-            bucket["mean"] = torch.zeros_like(g)
-        mean = bucket["mean"]
-        follow(mean, g, 1 - beta)
+        mean = follow("mean", g, 1 - beta)
         # Nesterov's look-ahead beta mean / (1 - beta^t) + (1 - beta) g, up to its factor.
         factor = beta / (1 - beta**t)
         if factor > 0:
             ahead = torch.add(mean, g, alpha=(1 - beta) / factor)
         else:
             ahead, factor = g.clone(), 1.0
-
-        def mean_square(name: str, x: Tensor) -> Tensor:
-            """Of each entry, over the steps; to be divided by 1 - metric_decay^t."""
-            if name not in bucket:
-                bucket[name] = torch.zeros_like(x)
-            square = bucket[name]
-            follow(square, x * x, 1 - group["metric_decay"])
-            return square
-
+        entry_rate = 1 - group["metric_decay"]
         if bucket.kind != "matrix" or not group["use_matrix_geometry"]:
             bias = 1 - group["metric_decay"] ** t
-            divisor = mean_square("square", g).sqrt().mul_(1 / math.sqrt(bias)).add_(1e-12)
+            square = follow("square", g * g, entry_rate)
+            divisor = square.sqrt().mul_(1 / math.sqrt(bias)).add_(1e-12)
             d = ahead.div_(divisor.mul_(1 / factor))
             size = bucket.norm(d)
             return d, torch.ones_like(size), size
@@ -1135,10 +1130,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
         def root(name: str, product: Tensor) -> Tensor:
             """Of the running mean of products (..., m, m): its inverse square root."""
-            if name not in bucket:
-                bucket[name] = torch.zeros_like(product, dtype=torch.float32)
-            gram = bucket[name]
-            follow(gram, product.float(), 1 - decay)
+            gram = follow(name, product.float(), 1 - decay)
             if due or f"{name}_root" not in bucket:
                 found = inverse_square_root(gram / (1 - decay**t), group["damping"])
                 bucket[f"{name}_root"] = found.to(dtype)
@@ -1154,7 +1146,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         g, ahead = (x.reshape(*lead, outer, -1, small) for x in (g, ahead))
         d = (root("outer", g @ g.mT) @ ahead).float().view(*lead, large, small)
         # Rows and columns are even now; entries need not be.
-        d = d.div_(mean_square("whitened_square", d).sqrt().add_(1e-12))
+        d.div_(follow("whitened_square", d * d, entry_rate).sqrt().add_(1e-12))
         # Of the length of the first side's step, which is short where gradients disagree; of the
         # size of Adam's entries, times WHITENED_GAIN and the root of the aspect ratio: wide
         # matrices bear longer steps than square ones (EXPERIMENTS.md).

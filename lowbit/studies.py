@@ -202,10 +202,9 @@ def bracket(
         if low and high <= points:
             point = (low + high) // 2
         stride *= 2
-    beyond = high + 1
-    while beyond <= points and open_interval():
-        reached(beyond)
-        beyond += 1
+    while high < points and open_interval():
+        high += 1
+        reached(high)
     return dict(sorted(horizons.items()))
 
 
