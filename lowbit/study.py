@@ -26,6 +26,7 @@ import torch
 from scipy.special import stdtrit
 from tqdm import tqdm
 
+from hybrid_optimization import native_bfloat16
 from lowbit import UserError, __version__
 from lowbit.options import STEPS_PER_EPOCH
 
@@ -56,6 +57,10 @@ def machine() -> dict[str, Any]:
     if info.exists():
         names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
         cpu = names[0].partition(":")[2].strip() if names else cpu
+    # Processors of one name differ in what decides how fast a step is.
+    cpu += f", {torch.backends.cpu.get_cpu_capability()}"
+    if native_bfloat16(torch.device("cpu")):
+        cpu += " with bfloat16"
     return {
         "commit": commit,
         "version": __version__,
