@@ -35,11 +35,11 @@ import torch
 import torch.nn as nn
 
 import distillation
-from hybrid_optimization import schedule_factor
-from lowbit import RunFailed, UserError
+from lowbit import RunFailed, UserError, validation
+from lowbit.baselines import Baseline
 from lowbit.checkpoint import atomic_write, prepare_folder
 from lowbit.corpus import StratifiedSampler
-from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options
+from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options, settle_by_start
 from lowbit.studies import METHODS, PAIR, QUICK, SPOILED, STUDIES, TASKS
 from lowbit.study import TIMED_PAIRS, Bench
 from lowbit.tables import (
@@ -78,7 +78,7 @@ def teacher_on(setup: distillation.Setup, windows: np.ndarray) -> list[torch.Ten
     key = (setup.corpus.fingerprint, setup.options.teacher, windows.shape, setup.device)
     if key not in _teacher_says:
         _teacher_says.clear()
-        _teacher_says[key] = distillation.logits_of(setup.teacher, windows, setup.device)
+        _teacher_says[key] = validation.logits_of(setup.teacher, windows, setup.device)
     return _teacher_says[key]
 
 
@@ -139,15 +139,15 @@ def run_once(
         return {**result, "final_loss": math.inf, "final_kl": math.inf, "curve": []}
     seconds = time.perf_counter() - started - waited
     column = "val_loss_quantized" if setup.options.qat else "val_loss"
-    windows = distillation.pick_windows(setup.corpus.validation, EVALUATION_WINDOWS)
+    windows = validation.pick_windows(setup.corpus.validation, EVALUATION_WINDOWS)
     reference = teacher_on(setup, windows)
-    final = distillation.validate(setup.student, windows, reference, setup.device)
+    final = validation.validate(setup.student, windows, reference, setup.device)
     finite = math.isfinite(final.loss)
     return {
         **result,
         "final_loss": final.loss if finite else math.inf,
         "final_kl": final.kl if finite else math.inf,
-        "teacher_loss": distillation.teacher_loss(windows, reference),
+        "teacher_loss": validation.teacher_loss(windows, reference),
         "windows": len(windows),
         "curve": [(row["step"], row[column]) for row in rows if column in row],
         "activation": float(np.mean([row.get("activation_rate", 0.0) for row in rows])),
@@ -165,7 +165,7 @@ def run_digits(
 
     o = parse_options([*(f for f in (*common, *flags) if f != "--digits"), "--seed", str(seed)])
     o.student_init = "random"
-    distillation.settle_by_start(o)
+    settle_by_start(o)
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))
     images = torch.tensor(x[order] / 16, dtype=torch.float32)
@@ -176,11 +176,11 @@ def run_digits(
     )
     steps = STEPS_PER_EPOCH * o.epochs
     setup: Any = SimpleNamespace(
-        options=o, student=model, lr=o.lr, max_steps=steps, steps_per_epoch=STEPS_PER_EPOCH
+        options=o, lr=o.lr, max_steps=steps, steps_per_epoch=STEPS_PER_EPOCH
     )
     started, waited = time.perf_counter(), 0.0
     manager = distillation.make_manager(setup) if o.hybrid else None
-    baseline = [] if manager else distillation.make_baseline(setup)
+    baseline = None if manager else Baseline(o, model, steps)
     clusters = np.zeros(len(images) - 360, int)
     if manager and o.use_clustering:
         clusters = manager.setup_data_clustering(images[360:])
@@ -192,15 +192,14 @@ def run_digits(
         loss.backward()
         if manager:
             manager.optimization_step(model, loss, None, cluster_id=-1, step=t)
-        for opt in baseline:
-            for group in opt.param_groups:
-                share = schedule_factor(t, steps, distillation.WARMUP_FRACTION, o.lr_schedule)
-                group["lr"] = group.setdefault("peak", group["lr"]) * share
-            opt.step()
+        if baseline:
+            baseline.step(t)
         if (t + 1) % STEPS_PER_EPOCH == 0:
             waited += turn((t + 1) / steps)
     seconds = time.perf_counter() - started - waited
-    with distillation.averaged(baseline), torch.no_grad():
+    if baseline:
+        baseline.use_averaged()
+    with torch.no_grad():
         final = float(nn.functional.cross_entropy(model(images[:360]), labels[:360]))
     final = final if math.isfinite(final) else math.inf
     return {

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import io
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,24 +28,20 @@ from hybrid_optimization import (
     ConstrainedOptimizer,
     HybridOptimizationManager,
     HybridTrainingConfig,
-    named_kinds,
-    native_bfloat16,
-    schedule_factor,
 )
 from lowbit import RunFailed, UserError
+from lowbit.baselines import Baseline
 from lowbit.calibration import calibrate
 from lowbit.checkpoint import prepare_folder, save_float32
 from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
 from lowbit.generate import generate
 from lowbit.losses import distillation_terms, hidden_state_loss
-from lowbit.muon import OwnPrecisionMuon
 from lowbit.options import (
-    DEFAULT_LR,
-    HYBRID_DECAY,
-    HYBRID_MOMENTUM,
-    HYBRID_QUANT_WARMUP,
     STEPS_PER_EPOCH,
+    WARMUP_FRACTION,
+    default,
     parse_options,
+    settle_by_start,
 )
 from lowbit.packing import load_packed, save_packed
 from lowbit.quantization import count_flips, latent, quantize_model, snapshot_codes, strength
@@ -54,12 +49,18 @@ from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
 from lowbit.student import STUDENT_SIZES, CausalLM, ModelConfig
 from lowbit.teacher import load_teacher
 from lowbit.tokenizer import ByteTokenizer
+from lowbit.validation import (
+    Validation,
+    batch_of,
+    logits_of,
+    pick_windows,
+    teacher_loss,
+    validate,
+)
 
-WARMUP_FRACTION = 0.05  # of all steps
 CALIBRATION_TOKENS = 32768
 QUICK_WINDOWS = 64  # validation windows after an epoch
 FINAL_WINDOWS = 256  # validation windows at the end
-EVAL_BATCH = {"cpu": 16, "cuda": 128}  # windows
 MAX_CONSECUTIVE_SKIPS = 20
 SAMPLE_PROMPT = "Return the "
 SAMPLE_TOKENS = 200
@@ -94,21 +95,6 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def settle_by_start(o: argparse.Namespace) -> None:
-    """Fill in what was not given and depends on whether the student starts from its teacher."""
-    if o.lr is None:
-        o.lr = DEFAULT_LR[o.method][o.student_init]
-    if o.weight_decay is None:
-        o.weight_decay = HYBRID_DECAY[o.student_init] if o.hybrid else 0.01
-    if o.momentum is None:
-        usual = 0.95 if o.method == "muon" else 0.9
-        o.momentum = HYBRID_MOMENTUM[o.student_init] if o.hybrid else usual
-    if o.quant_warmup is None:
-        o.quant_warmup = HYBRID_QUANT_WARMUP[o.student_init] if o.hybrid and o.qat else 0.0
-    if o.use_matrix_geometry is None:  # it does not pay in a conversion: EXPERIMENTS.md
-        o.use_matrix_geometry = o.student_init == "random"
 
 
 def make_student(o: argparse.Namespace, teacher: CausalLM) -> CausalLM:
@@ -192,7 +178,7 @@ def set_up(o: argparse.Namespace) -> Setup:
     return Setup(o, device, tokenizer, corpus, teacher.to(device), student, per_epoch)
 
 
-# ---------------------------------------------------------------------------------- optimisers
+# ------------------------------------------------------------------------------- the optimiser
 
 
 def make_manager(s: Setup) -> HybridOptimizationManager:
@@ -210,7 +196,8 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
             initial_trust_radius=o.initial_trust_radius,
             trust_radius_adaptation=o.trust_radius_adaptation,
             base_learning_rate=s.lr,
-            step_length=ConstrainedOptimizer.RELATIVE_GAIN * DEFAULT_LR["hybrid"][o.student_init],
+            step_length=ConstrainedOptimizer.RELATIVE_GAIN
+            * default("lr", "hybrid", o.student_init),
             max_steps=s.max_steps,
             batch_size=o.batch_size,
             momentum=o.momentum,
@@ -221,64 +208,6 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
             seed=o.seed,
         )
     )
-
-
-def make_baseline(s: Setup) -> list[torch.optim.Optimizer]:
-    """Published optimisers. Muon takes the blocks' matrices, in steps of AdamW's size, so that
-    AdamW takes the rest at the same rate."""
-    o = s.options
-    named = named_kinds(s.student)
-    matrices = [p for _, p, kind in named if kind == "matrix"]
-    rest = [p for _, p, kind in named if kind != "matrix"]
-    everything = [p for _, p, _ in named]
-    decay = dict(weight_decay=o.weight_decay)
-    betas = (o.momentum, 0.95)
-    if o.method == "sgd":
-        return [torch.optim.SGD(everything, s.lr, momentum=o.momentum, **decay)]
-    if o.method == "muon":
-        device = everything[0].device
-        emulated = device.type == "cpu" and not native_bfloat16(device)
-        muon = OwnPrecisionMuon if emulated else torch.optim.Muon
-        return [
-            muon(matrices, s.lr, momentum=o.momentum, adjust_lr_fn="match_rms_adamw", **decay),
-            torch.optim.AdamW(rest, s.lr, betas=(0.9, 0.95), **decay),
-        ]
-    try:
-        if o.method == "schedulefree":  # its own warm-up would be a second one
-            from schedulefree import AdamWScheduleFree
-
-            schedule_free = AdamWScheduleFree(everything, s.lr, betas=betas, **decay)
-            schedule_free.train()
-            return [schedule_free]
-        if o.method == "prodigy":
-            from prodigyopt import Prodigy
-
-            # The coefficient of its own estimate is what its authors tune; the rate, 1, is the
-            # schedule's, whose warm-up calls for the safeguard. Its own second beta, 0.999, serves
-            # it better than 0.95 (EXPERIMENTS.md).
-            betas = (o.momentum, 0.999)
-            with redirect_stdout(io.StringIO()):  # it says that its decay is decoupled
-                found = Prodigy(
-                    everything, d_coef=s.lr, betas=betas, safeguard_warmup=True, **decay
-                )
-            return [found]
-    except ImportError as e:
-        raise UserError(
-            f"--optimizer {o.method} needs the package {e.name}: pip install {e.name}"
-        ) from e
-    return [torch.optim.AdamW(everything, s.lr, betas=betas, **decay)]
-
-
-@contextmanager
-def averaged(baseline: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Inside, the model has the weights to be judged by, where they are not those that are stepped
-    (Schedule-Free)."""
-    switches: list[Any] = [opt for opt in baseline if hasattr(opt, "eval")]
-    for opt in switches:
-        opt.eval()
-    yield
-    for opt in switches:
-        opt.train()
 
 
 # ------------------------------------------------------------------------------- training step
@@ -294,26 +223,17 @@ class StepResult:
     control: dict[str, Any] = field(default_factory=dict)  # the manager's answer, hybrid only
 
 
-def batch_of(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 windows (B, T + 1) -> inputs (B, T) and next-token labels (B, T)."""
-    ids = torch.from_numpy(windows.astype(np.int64)).to(device)
-    return ids[:, :-1], ids[:, 1:]
-
-
 def quant_strength(s: Setup, t: int) -> float:
     """How far step t's forward pass rounds, 0 to 1: linear over --quant_warmup of the run."""
     return min(1.0, t / (s.options.quant_warmup * s.max_steps)) if s.options.quant_warmup else 1.0
 
 
 def make_step(
-    s: Setup,
-    manager: HybridOptimizationManager | None,
-    baseline: list[torch.optim.Optimizer],
-    clusters: np.ndarray,
+    s: Setup, optimizer: HybridOptimizationManager | Baseline, clusters: np.ndarray
 ) -> Callable[[int, np.ndarray], StepResult]:
     """The function that does one training step on the windows of the given indices."""
     o = s.options
-    peaks = [[g["lr"] for g in opt.param_groups] for opt in baseline]
+    manager = None if isinstance(optimizer, Baseline) else optimizer
     bf16 = s.device.type == "cuda"
     same_blocks = (
         s.student.config.num_hidden_layers == s.teacher.config.num_hidden_layers
@@ -346,16 +266,11 @@ def make_step(
         # What the host reads, it reads after it has launched the step: reading waits for a GPU.
         mean, kl = each.mean().detach(), kl.detach().float()
         control: dict[str, Any] = {}
-        if manager:
-            control = manager.optimization_step(s.student, mean, None, cluster_id=-1, step=t)
-            lr = control["learning_rate"]
+        if isinstance(optimizer, Baseline):
+            lr = optimizer.step(t)
         else:
-            factor = schedule_factor(t, s.max_steps, WARMUP_FRACTION, o.lr_schedule)
-            for opt, peak in zip(baseline, peaks, strict=True):
-                for group, value in zip(opt.param_groups, peak, strict=True):
-                    group["lr"] = value * factor
-                opt.step()
-            lr = s.lr * factor
+            control = optimizer.optimization_step(s.student, mean, None, cluster_id=-1, step=t)
+            lr = control["learning_rate"]
         loss, kls = float(mean), kl.cpu().numpy()
         if manager:
             manager.observe_clusters(clusters[indices], kls)
@@ -365,59 +280,6 @@ def make_step(
         return StepResult(loss, float(ce.mean().detach()), kls, lr, seconds, control)
 
     return step
-
-
-# ---------------------------------------------------------------------------------- validation
-
-
-def pick_windows(windows: np.ndarray, count: int) -> np.ndarray:
-    """At most ``count`` windows, spread evenly."""
-    if len(windows) <= count:
-        return windows
-    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
-
-
-@torch.no_grad()
-def logits_of(model: CausalLM, windows: np.ndarray, device: torch.device) -> list[torch.Tensor]:
-    """Logits over windows (n, T + 1), in blocks of EVAL_BATCH windows."""
-    size = EVAL_BATCH[device.type]
-    blocks = range(0, len(windows), size)
-    return [model(batch_of(windows[i : i + size], device)[0]).logits for i in blocks]
-
-
-@dataclass
-class Validation:
-    """loss: mean cross-entropy; error: its standard error over windows; kl: mean KL to the
-    teacher. Nats a token."""
-
-    loss: float
-    error: float
-    kl: float
-
-
-@torch.no_grad()
-def validate(
-    model: CausalLM, windows: np.ndarray, reference: list[torch.Tensor], device: torch.device
-) -> Validation:
-    """A model on windows (n, T + 1); reference: the teacher's `logits_of` the same windows."""
-    ces, kls = [], []
-    ends = np.cumsum([len(block) for block in reference])
-    for part, target in zip(np.split(windows, ends[:-1]), reference, strict=True):
-        inputs, labels = batch_of(part, device)
-        ce, kl = distillation_terms(model(inputs).logits, target, labels, 1.0)
-        ces.append(ce)
-        kls.append(kl)
-    ce = torch.cat(ces).double()
-    error = float(ce.std(unbiased=False)) / math.sqrt(len(ce))
-    return Validation(float(ce.mean()), error, float(torch.cat(kls).double().mean()))
-
-
-@torch.no_grad()
-def teacher_loss(windows: np.ndarray, reference: list[torch.Tensor]) -> float:
-    labels = torch.from_numpy(windows[:, 1:].astype(np.int64)).to(reference[0].device)
-    parts = labels.split([len(block) for block in reference])
-    terms = [distillation_terms(r, r, y, 1.0)[0] for r, y in zip(reference, parts, strict=True)]
-    return float(torch.cat(terms).double().mean())
 
 
 # ------------------------------------------------------------------------------------- the run
@@ -452,8 +314,9 @@ def train(
     quick = pick_windows(s.corpus.validation, QUICK_WINDOWS)
     reference = logits_of(s.teacher, quick, s.device)
     teacher = teacher_loss(quick, reference)
-    baseline = [] if manager else make_baseline(s)
-    step = make_step(s, manager, baseline, clusters)
+    optimizer = manager or Baseline(o, s.student, s.max_steps)
+    baseline = optimizer if isinstance(optimizer, Baseline) else None
+    step = make_step(s, optimizer, clusters)
     sampler = StratifiedSampler(everything, o.batch_size, o.seed)
     codes = snapshot_codes(s.student)
     rows: list[dict[str, Any]] = []
@@ -487,7 +350,7 @@ def train(
             kl = np.concatenate([r.kl for r in results])
             row["train_kl"] = float(np.nanmean(kl))
             if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
-                with averaged(baseline):
+                with baseline.averaged() if baseline else nullcontext():
                     found = validate(s.student, quick, reference, s.device)
                 row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
                 row["val_kl"], row["val_loss_teacher"] = found.kl, teacher
@@ -512,9 +375,8 @@ def train(
             rows.append(row)
             say(epoch_line(epoch, row))
             after_epoch((epoch + 1) / o.epochs)
-    for opt in baseline:
-        if hasattr(opt, "eval"):  # Schedule-Free: the weights to keep
-            opt.eval()
+    if baseline:
+        baseline.use_averaged()
     summary = manager.get_summary() if manager else {"total_steps": t}
     summary["final_loss"] = rows[-1]["train_loss"]
     return rows, summary

@@ -11,23 +11,27 @@ from typing import Any, NoReturn
 from lowbit import UserError
 from lowbit.student import STUDENT_SIZES
 
-#: Peak learning rates where --lr is not given, by optimiser and start of the student. Those of the
-#: hybrid and adamw come from sweeps (EXPERIMENTS.md), as does SGD's from random weights; the others
-#: are usual values.
-DEFAULT_LR = {
-    "hybrid": {"teacher": 3e-4, "random": 6e-3},
-    "adamw": {"teacher": 1e-3, "random": 4e-3},
-    "sgd": {"teacher": 0.1, "random": 0.03},
-    "muon": {"teacher": 2e-3, "random": 1e-2},
-    "schedulefree": {"teacher": 1e-3, "random": 4e-3},
-    "prodigy": {"teacher": 1.0, "random": 1.0},
+#: Defaults that depend on the method and on the student's start: (from its teacher, from random
+#: weights). "others" are the methods that have no row. Rates, decay and momenta of the hybrid,
+#: adamw's rates and sgd's from random weights come from sweeps (EXPERIMENTS.md); the others are
+#: usual values.
+BY_START: dict[str, dict[str, tuple[Any, Any]]] = {
+    "lr": {
+        "hybrid": (3e-4, 6e-3),
+        "adamw": (1e-3, 4e-3),
+        "sgd": (0.1, 0.03),
+        "muon": (2e-3, 1e-2),
+        "schedulefree": (1e-3, 4e-3),
+        "prodigy": (1.0, 1.0),
+    },
+    "weight_decay": {"hybrid": (1e-5, 0.5), "others": (0.01, 0.01)},
+    "momentum": {"hybrid": (0.9, 0.8), "muon": (0.95, 0.95), "others": (0.9, 0.9)},
+    # Share of the run over which rounding sets in.
+    "quant_warmup": {"hybrid": (0.0, 0.8), "others": (0.0, 0.0)},
+    # It does not pay in a conversion: EXPERIMENTS.md.
+    "use_matrix_geometry": {"others": (False, True)},
 }
-#: Decoupled weight decay of the hybrid where --weight_decay is not given, by start of the student.
-HYBRID_DECAY = {"teacher": 1e-5, "random": 0.5}
-#: Its momentum where --momentum is not given, by start of the student.
-HYBRID_MOMENTUM = {"teacher": 0.9, "random": 0.8}
-#: Share of the run over which the hybrid's rounding sets in where --quant_warmup is not given.
-HYBRID_QUANT_WARMUP = {"teacher": 0.0, "random": 0.8}
+WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
 STEPS_PER_EPOCH = 16
 
 
@@ -312,3 +316,18 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):
         raise UserError(f"--metrics_out {o.metrics_out}: the name must end in .csv")
     return o
+
+
+def default(name: str, method: str, start: str) -> Any:
+    """What BY_START says; start: "teacher" or "random"."""
+    rows = BY_START[name]
+    return rows.get(method, rows.get("others", ()))[start == "random"]
+
+
+def settle_by_start(o: argparse.Namespace) -> None:
+    """Fill in what was not given and depends on whether the student starts from its teacher."""
+    for name in BY_START:
+        if getattr(o, name) is None:
+            setattr(o, name, default(name, o.method, o.student_init))
+    if not o.qat:
+        o.quant_warmup = 0.0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lowbit import UserError
-from lowbit.options import DEFAULT_LR, STEPS_PER_EPOCH
+from lowbit.options import STEPS_PER_EPOCH, default
 from lowbit.study import Bench, gap_reduction, mean_interval, ratio, smallest_horizon, steps_ratio
 
 TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
@@ -285,7 +285,7 @@ def lr_sensitivity(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequ
         for method in methods:
             hybrid = METHODS[method][0] == "--hybrid"
             start = "teacher" if "teacher" in task.flags else "random"
-            centre = DEFAULT_LR["hybrid"][start] if hybrid else task.rates[method]
+            centre = default("lr", "hybrid", start) if hybrid else task.rates[method]
             rates = [f"{centre * factor:g}" for factor in (0.1, 0.3, 1, 3, 10, 30)]
             losses = bench.losses([(method, task.flags, ["--lr", r]) for r in rates], RUN, seeds)
             table = dict(zip(rates, losses.mean(1).tolist(), strict=True))

@@ -107,13 +107,14 @@ def test_the_teacher_is_asked_again_only_for_other_windows(
     text_file, tiny_teacher, tmp_path, monkeypatch
 ):
     asked = []
-    original = benchmark.distillation.logits_of
+    original = benchmark.validation.logits_of
 
     def count(model, windows, device):
         asked.append(len(windows))
         return original(model, windows, device)
 
-    monkeypatch.setattr(benchmark.distillation, "logits_of", count)
+    for module in (benchmark.validation, benchmark.distillation):
+        monkeypatch.setattr(module, "logits_of", count)
     monkeypatch.setattr(benchmark, "_teacher_says", {})
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text("utf-8").swapcase(), "utf-8")

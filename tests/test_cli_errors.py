@@ -14,7 +14,7 @@ from conftest import ROOT, make_text
 import distillation
 from lowbit import UserError
 from lowbit.checkpoint import save_float32
-from lowbit.options import HYBRID_DEFAULTS, parse_options
+from lowbit.options import HYBRID_DEFAULTS, parse_options, settle_by_start
 from lowbit.packing import save_packed
 from lowbit.student import CausalLM, ModelConfig
 from lowbit.tokenizer import ByteTokenizer
@@ -393,7 +393,7 @@ def test_defaults() -> None:
 def test_defaults_that_depend_on_the_start(flags, start, expected) -> None:
     o = parse_options(flags)
     o.student_init = start
-    distillation.settle_by_start(o)
+    settle_by_start(o)
     found = (o.lr, o.weight_decay, o.momentum, o.quant_warmup, o.use_matrix_geometry)
     assert found == expected
 

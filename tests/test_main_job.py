@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import distillation
+from lowbit.baselines import Baseline
 from lowbit.checkpoint import load_float32
 from lowbit.options import parse_options
 from lowbit.packing import load_packed
@@ -260,7 +261,8 @@ def test_momentum_and_rate_reach_every_optimizer(text_file, tiny_teacher, name):
         config = distillation.make_manager(setup).config
         assert (config.momentum, config.base_learning_rate) == (0.5, 0.0123)
         return
-    group = distillation.make_baseline(setup)[0].param_groups[0]
+    baseline = Baseline(setup.options, setup.student, setup.max_steps)
+    group = baseline.optimizers[0].param_groups[0]
     assert (group["betas"][0] if "betas" in group else group["momentum"]) == 0.5
     assert group["d_coef" if name == "prodigy" else "lr"] == 0.0123
 
