@@ -870,12 +870,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         gradient_norm: Tensor | None = None,
     ) -> float | None:
         """One step. radius_scale multiplies every region for this step (a schedule's share of
-        the learning rate belongs here too); cap, in (0, 1], cuts every proposal to that share
-        before its region is asked; keep_step remembers the step for `slope`; gradient_norm
-        spares its computation where the caller knows it.
+        the learning rate belongs here too); cap, in (0, 1], cuts every proposal, decay included,
+        to that share before its region is asked; keep_step remembers the step for `slope`;
+        gradient_norm spares its computation where the caller knows it.
 
-        A gradient that is not finite skips the step and touches nothing. On a GPU the host never
-        waits; reading `info` waits.
+        A gradient that is not finite skips the step and leaves weights and running means alone.
+        On a GPU the host never waits; reading `info` waits.
         """
         loss = None
         if closure is not None:
@@ -912,7 +912,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         layout = self._layout(live)
         params = [p for p, *_ in live]
         rates = [group["lr"] for *_, group in live]
-        decays = [group["lr"] * group["weight_decay"] for *_, group in live]
+        decays = [cap * group["lr"] * group["weight_decay"] for *_, group in live]
         moves: list[tuple[_Bucket, slice, Tensor, Tensor]] = []
         sizes = []
         start = 0
@@ -1124,14 +1124,20 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         inner = equal_blocks(small, group["largest_block"])
         outer = equal_blocks(large, min(small, self.OUTER_BLOCK))
         # The metric changes fast at first: roots that are a few steps old cost steps there, and
-        # only there (EXPERIMENTS.md).
+        # only there (EXPERIMENTS.md). Matrices take turns; who lost its turn because `every`
+        # grew does not wait for the next.
         every = min(group["refresh_every"], max(2, t // self.SETTLED))
-        due = t in (2, 4) or (t + order) % every == 0
+        oldest = min(group["refresh_every"], 2 + t // self.SETTLED)
+        age = t - min(state.get("rooted", 0) for state in bucket.states)
+        due = t in (1, 2, 4) or (t + order) % every == 0 or age >= oldest
+        if due:
+            for state in bucket.states:
+                state["rooted"] = t
 
         def root(name: str, product: Tensor) -> Tensor:
             """Of the running mean of products (..., m, m): its inverse square root."""
             gram = follow(name, product.float(), 1 - decay)
-            if due or f"{name}_root" not in bucket:
+            if due:
                 found = inverse_square_root(gram / (1 - decay**t), group["damping"])
                 bucket[f"{name}_root"] = found.to(dtype)
             return bucket[f"{name}_root"].to(dtype)

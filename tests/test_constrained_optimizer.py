@@ -195,6 +195,37 @@ def test_roots_are_fresh_at_first_and_cheap_later(monkeypatch):
     assert set(gaps[-5:]) == {10}
 
 
+def test_no_matrix_loses_its_turn_for_roots():
+    """Turns move while the time between them grows; no roots are older than promised."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(2, 2)) for _ in range(24)]
+    opt = ConstrainedOptimizer(params)
+    roots: dict[nn.Parameter, torch.Tensor] = {}
+    for t in range(1, 401):
+        for p in params:
+            p.grad = torch.randn(2, 2)
+        opt.step()
+        for p in params:
+            state = opt.state[p]
+            assert t - state["rooted"] < min(20, 2 + t // 16)
+            assert (state["inner_root"] is not roots.get(p)) == (state["rooted"] == t)
+            roots[p] = state["inner_root"]
+
+
+def test_cap_cuts_the_whole_proposal():
+    """Decay, too: without regions a quarter of the proposal is a quarter of the step."""
+    steps = []
+    for cap in (1.0, 0.25):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+        before = p.detach().clone()
+        opt = ConstrainedOptimizer([p], weight_decay=0.5, use_trust_region=False)
+        p.grad = torch.randn(6, 4, dtype=torch.float64)
+        opt.step(cap=cap)
+        steps.append(p.detach() - before)
+    torch.testing.assert_close(steps[1], 0.25 * steps[0], rtol=1e-5, atol=0)
+
+
 def test_vectors_step_as_adam_with_look_ahead():
     """The diagonal metric against its formula in float64, and against torch's Adam at momentum 0
     (where there is no look-ahead)."""

@@ -237,7 +237,7 @@ def test_the_way_of_a_gpu_is_the_same_step():
     same(model.state_dict(), before[0])
     for key, state in opt.state_dict()["state"].items():
         for name, value in state.items():
-            if name not in ("step", "taken", "inner_root", "outer_root"):
+            if name not in ("step", "rooted", "taken", "inner_root", "outer_root"):
                 torch.testing.assert_close(value, before[1][key][name], rtol=0, atol=0)
 
 
