@@ -7,12 +7,12 @@ Every run is appended to ``runs.jsonl`` in the study's folder as it ends, keyed 
 study that was interrupted goes on where it stopped, and more seeds, tasks or methods grow it.
 
 The quick look trains each method for the same steps. "Steps to Converge" is there the first
-validated step at which a run's loss reached the target: what the first method in the table ended
-at (its mean over seeds), unless --target gives another; a student whose quantisation still warms
-up is validated as it would be stored, which counts against it. The convergence study is stricter:
-steps to the target are the smallest horizon, with the schedule ending there, whose mean over
-seeds reaches what the tuned baseline ends at. "Final Loss" is measured on EVALUATION_WINDOWS
-held-out windows.
+validated step at which a run's loss reached the target: what the first method in the table of
+which no run diverged ended at (its mean over seeds), unless --target gives another; a student
+whose quantisation still warms up is validated as it would be stored, which counts against it. The
+convergence study is stricter: steps to the target are the smallest horizon, with the schedule
+ending there, whose mean over seeds reaches what the tuned baseline ends at. "Final Loss" is
+measured on EVALUATION_WINDOWS held-out windows.
 """
 
 from __future__ import annotations
@@ -310,10 +310,15 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=list(METHODS),
         metavar="NAME",
-        help=f"among: {', '.join(METHODS)} (default: {', '.join(QUICK)})",
+        help=f"among: {', '.join(METHODS)} (default of the quick look: {', '.join(QUICK)}; studies "
+        "have their own, to which quantization, overhead and ablation keep)",
     )
     parser.add_argument(
-        "--tasks", nargs="+", choices=list(TASKS), metavar="NAME", help="of a study (default all)"
+        "--tasks",
+        nargs="+",
+        choices=list(TASKS),
+        metavar="NAME",
+        help="of a study (default: its own)",
     )
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default 1)")
     parser.add_argument(

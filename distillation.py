@@ -2,9 +2,8 @@
 
     python distillation.py --hybrid --ternary --qat --epochs 20 --save_metrics
 
-The file reads like the run: options, text, models, clusters, the training step, validation,
-files, summary. What the run is made of is in ``lowbit/``; the optimiser in
-``hybrid_optimization.py``.
+The file reads like the run: options, text, models, clusters, the training step, the run, files.
+What the run is made of is in ``lowbit/``; the optimiser in ``hybrid_optimization.py``.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class TrainingState:
     """What the auxiliary network sees of a step. All fields are plain floats or ints.
 
     loss_trend: fast minus slow running mean of the loss (negative: the loss is falling).
-    gradient_variance: running variance of the gradient's norm.
+    gradient_variance: squared running mean of how far the gradient's norm is from its mean.
     """
 
     current_loss: float
@@ -145,8 +145,8 @@ class HybridTrainingConfig:
     initial_trust_radius in fractions of ||Theta_c||_2 a step; step_length in fractions of a
     weight's root mean square, what a step at the schedule's peak would be if all gradients agreed
     (momentum leaves a tenth to a third of it); target_bits in bits a weight.
-    The fields about quantisation, batches and intervals are read by the caller's loop
-    (``distillation.py``); the manager itself does not quantise.
+    The fields about quantisation, batches and intervals are kept for the caller's loop; the
+    manager itself does not quantise.
     """
 
     use_quantization: bool = True
@@ -208,7 +208,7 @@ class AuxiliaryNeuralNetwork(nn.Module):
 
     Raw features go through sign(x) log(1 + |x|) and running z-scores clipped to +-3, so nothing
     saturates. The output layer starts at zero: the multiplier starts at exactly 1, the radius at
-    ``radius_center``. Two ways of teaching it, both online with Adam and a Huber loss:
+    ``radius_center``. Two ways of teaching it, both online with Adam:
 
     `learn`                 targets are known (the manager derives them from gradients);
     `update_with_feedback`  only the improvement of the loss is known; a recursive quadratic fit
@@ -296,8 +296,10 @@ class AuxiliaryNeuralNetwork(nn.Module):
         """One step on the newest prediction towards known targets.
 
         log10_multiplier: what log10 of the multiplier should have been (Huber loss).
-        radius_residual: log10(proposed step / radius center); its 0.7-quantile is learned by the
-        pinball loss (Koenker and Bassett 1978), so that about 30 % of the steps are cut.
+        radius_residual: log10(proposed step / radius without what adaptation adds); its
+        0.7-quantile is learned by the pinball loss (Koenker and Bassett 1978), so that about 30 %
+        of the steps are cut. Where the radius already holds the shift, the shift makes up half of
+        a lasting difference.
         """
         if self._last is None:
             return
@@ -552,8 +554,8 @@ def parameter_kind(name: str, p: Tensor, embeddings: set[int], head: int | None)
 
 
 def named_kinds(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
-    """Every trainable parameter with its name and kind. The head is the last linear layer of a
-    model that has several."""
+    """Every trainable parameter with its name and kind. A head is what is named so and, in a model
+    without embeddings, the last of several linear layers."""
     embeddings = {
         id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
     }
@@ -680,11 +682,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     weight matrix (out, in) the linear model <M, D> is minimised in the metric learned from
     gradients: D = -L^(-1/2) M R^(-1/2) with R = E[G^T G] and L = E[G R^(-1) G^T], R on the smaller
     side. One side alone is ASGO's step (arXiv 2503.20762); both together whiten the gradient, as
-    Shampoo (Gupta et al., arXiv 1802.09568) does with roots of one joint estimate; without noise
-    that is Muon's -polar(M). L is kept in blocks of at most OUTER_BLOCK rows, R of at most
-    largest_block. Each entry of D is then divided by its root mean square over the steps, as in
-    AdaMuon (arXiv 2507.11005). Other parameters use the diagonal metric, which is Adam (arXiv
-    1412.6980) with look-ahead (Dozat 2016).
+    Shampoo (Gupta et al., arXiv 1802.09568) does with roots of one joint estimate; of a square
+    matrix, without noise and damping, that is Muon's -polar(M). L is kept in blocks of at most
+    OUTER_BLOCK rows and of at most the smaller side's, R of at most largest_block. Each entry of D
+    is then divided by its root mean square over the steps, as in AdaMuon (arXiv 2507.11005). Other
+    parameters use the diagonal metric, which is Adam (arXiv 1412.6980) with look-ahead (Dozat
+    2016).
 
     Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
     square of the proposed entries is up to 2 % of the weights' in the diagonal metric, and in a

@@ -160,8 +160,8 @@ def make_parser() -> Parser:
     g.add_argument(
         "--weight_decay",
         type=_number(float, 0),
-        help="decoupled, a step and unit of lr (default 0.01; hybrid, matrices only: 0.5 from "
-        "scratch, 1e-5 from the teacher)",
+        help="a step and unit of lr, decoupled except for sgd (default 0.01; hybrid, matrices and "
+        "heads only: 0.5 from scratch, 1e-5 from the teacher)",
     )
     g.add_argument(
         "--lr_schedule",
@@ -235,7 +235,7 @@ def make_parser() -> Parser:
         metavar="R",
         help="fraction of the weights' norm a step (0.01)",
     )
-    g.add_argument("--trust_radius_adaptation", help="let the radius move (true)", **switch)
+    g.add_argument("--trust_radius_adaptation", help="let radii follow the steps (true)", **switch)
 
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", default="student", help="folder (default student/)")

@@ -1,7 +1,8 @@
 """The full studies: tasks, methods, and what is asked of their runs.
 
-A study is a function of a `Bench` that asks for runs and returns its summary. Baselines are tuned,
-the hybrid has its default settings.
+A study is a function of a `Bench` that asks for runs and returns its summary. The hybrid has its
+default settings; `convergence` and `quantization` tune its rivals, the other studies give them
+their default rates.
 """
 
 from __future__ import annotations

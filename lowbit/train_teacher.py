@@ -2,9 +2,9 @@
 
 Next-byte prediction on the embedded text, random 257-byte windows, the trust-region step of
 `hybrid_optimization`, 2 % warm-up, linear decay to zero, dropout on the embedding and on what the
-blocks add to the residual stream (the text is read eight times; a teacher that knows it by heart
-teaches what does not generalise). Every EVAL_EVERY steps the loss of a quarter of the validation
-windows is measured and the best weights are kept. Half an hour on two cores.
+blocks add to the residual stream (the text is read about seven times; a teacher that knows it by
+heart teaches what does not generalise). Every EVAL_EVERY steps the loss of a quarter of the
+validation windows is measured and the best weights are kept. Half an hour on two cores.
 ``lowbit/data/teacher.json`` is the record of the run that made the embedded teacher.
 """
 
