@@ -25,7 +25,7 @@ BY_START: dict[str, dict[str, tuple[Any, Any]]] = {
         "prodigy": (1.0, 1.0),
     },
     "weight_decay": {"hybrid": (1e-5, 0.5), "others": (0.01, 0.01)},
-    "momentum": {"hybrid": (0.9, 0.8), "muon": (0.95, 0.95), "others": (0.9, 0.9)},
+    "momentum": {"hybrid": (0.6, 0.8), "muon": (0.95, 0.95), "others": (0.9, 0.9)},
     # Share of the run over which rounding sets in.
     "quant_warmup": {"hybrid": (0.0, 0.8), "others": (0.0, 0.0)},
     # It does not pay in a conversion: EXPERIMENTS.md.
@@ -179,7 +179,7 @@ def make_parser() -> Parser:
         type=_number(float, 0, 0.9999),
         metavar="BETA",
         help="of the hybrid, of sgd and of muon's matrices, first beta of the others (default 0.9; "
-        "muon 0.95; hybrid from scratch 0.8)",
+        "muon 0.95; hybrid from scratch 0.8, from the teacher 0.6)",
     )
     g.add_argument(
         "--max_grad_norm",

@@ -379,7 +379,7 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("flags", "start", "expected"),
     [
-        (["--hybrid", "--qat"], "teacher", (3e-4, 1e-5, 0.9, 0.0, False)),
+        (["--hybrid", "--qat"], "teacher", (3e-4, 1e-5, 0.6, 0.0, False)),
         (["--hybrid", "--qat"], "random", (6e-3, 0.5, 0.8, 0.8, True)),
         (["--hybrid"], "random", (6e-3, 0.5, 0.8, 0.0, True)),
         (["--qat"], "random", (4e-3, 0.01, 0.9, 0.0, True)),
@@ -387,7 +387,7 @@ def test_defaults() -> None:
         (["--hybrid", "--lr=1", "--momentum=0"], "random", (1, 0.5, 0, 0.0, True)),
         (["--hybrid", "--weight_decay=0"], "random", (6e-3, 0, 0.8, 0.0, True)),
         (["--optimizer=muon"], "random", (1e-2, 0.01, 0.95, 0.0, True)),
-        (["--hybrid", "--use_matrix_geometry"], "teacher", (3e-4, 1e-5, 0.9, 0.0, True)),
+        (["--hybrid", "--use_matrix_geometry"], "teacher", (3e-4, 1e-5, 0.6, 0.0, True)),
     ],
 )
 def test_defaults_that_depend_on_the_start(flags, start, expected) -> None:
