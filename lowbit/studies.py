@@ -88,9 +88,10 @@ SHORTER = {"Muon": 0.5}
 SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.95", "0.98"))}
 SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
 DECAYS = (0.01, 0.1, 0.3, 1.0)  # then, while it helps
-#: Last, each way while it helps, from distillation.py's default (0.9, Muon's 0.95).
+#: Last, each way while it helps, from distillation.py's default (0.9, Muon's 0.95). Schedule-Free's
+#: is a shape.
 MOMENTA = ((0.8, 0.6, 0.4, 0.2), (0.95, 0.98))
-OTHER_MOMENTA = {"Muon": ((0.9, 0.8, 0.6, 0.4), (0.98,)), "Schedule-Free AdamW": ()}  # its is a shape
+OTHER_MOMENTA = {"Muon": ((0.9, 0.8, 0.6, 0.4), (0.98,)), "Schedule-Free AdamW": ()}
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 
 
