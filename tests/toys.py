@@ -84,7 +84,7 @@ def distributed_run(rank: int, count: int, folder: str, use_manager: bool) -> No
     x, y = digits()
     x, y = x[rank::count], y[rank::count]
     manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=8, data_clusters=count))
-    optimizer = ConstrainedOptimizer(model, lr=2e-3)
+    optimizer = ConstrainedOptimizer(model, lr=2e-3, product_dtype=torch.float32)
     found = []
     for step in range(8):
         loss = backward(model, x, y)
