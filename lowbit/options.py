@@ -321,7 +321,8 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 def default(name: str, method: str, start: str) -> Any:
     """What BY_START says; start: "teacher" or "random"."""
     rows = BY_START[name]
-    return rows.get(method, rows.get("others", ()))[start == "random"]
+    from_teacher, from_scratch = rows[method if method in rows else "others"]
+    return from_scratch if start == "random" else from_teacher
 
 
 def settle_by_start(o: argparse.Namespace) -> None:
