@@ -914,10 +914,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         live = [live[i] for indices in buckets for i in indices]
         layout = self._layout(live)
         params = [p for p, *_ in live]
-        rates = [cap * group["lr"] for *_, group in live]
-        decays = [
-            rate * group["weight_decay"] for rate, (*_, group) in zip(rates, live, strict=True)
-        ]
+        rates = [group["lr"] for *_, group in live]
+        decays = [cap * group["lr"] * group["weight_decay"] for *_, group in live]
         moves: list[tuple[_Bucket, slice, Tensor, Tensor]] = []
         sizes = []
         start = 0
@@ -931,7 +929,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         device = layout.gains.device
         norms = torch.stack([n.to(device) for n in torch._foreach_norm(params)]).float()
         own = torch.maximum(norms / layout.sizes, layout.floors)
-        length = layout.times(layout.gains, rates) * torch.where(layout.vectors, 1.0, own)
+        length = layout.times(layout.gains, rates) * torch.where(layout.vectors, 1.0, own) * cap
         if max(decays) > torch.finfo(torch.float32).eps / 2:  # less than rounding: nothing
             share = layout.times(1 / length.clamp_min(1e-30), decays)
             for i, (bucket, mine, d, scale) in enumerate(moves):
