@@ -78,6 +78,23 @@ def _boolean(text: str) -> bool:
     return value
 
 
+def _by_start(name: str) -> str:
+    """The defaults of BY_START in words, for --help."""
+
+    def text(value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+
+    rows = [
+        (method, *dict.fromkeys(map(text, values))) for method, values in BY_START[name].items()
+    ]
+    words = [
+        " / ".join(values) if len(rows) == 1 else f"{method} {' / '.join(values)}"
+        for method, *values in rows
+    ]
+    two = "; the second from random weights" if any(len(row) > 2 for row in rows) else ""
+    return f"(default: {', '.join(words)}{two})"
+
+
 def make_parser() -> Parser:
     parser = Parser(
         prog="distillation.py",
@@ -104,8 +121,8 @@ def make_parser() -> Parser:
         "--quant_warmup",
         type=_number(float, 0, 1),
         metavar="SHARE",
-        help="of the run, over which rounding in the forward pass sets in; needs --qat (default "
-        "0, at once; hybrid from scratch: 0.8)",
+        help="of the run, over which rounding in the forward pass sets in, 0: at once; needs "
+        f"--qat {_by_start('quant_warmup')}",
     )
     g.add_argument(
         "--calibrate",
@@ -155,13 +172,13 @@ def make_parser() -> Parser:
         "--lr",
         type=positive,
         help="peak learning rate; hybrid: before the multiplier; prodigy: coefficient of its own "
-        "(default: by optimiser and start; from the teacher: 3e-4 hybrid, 1e-3 adamw)",
+        + _by_start("lr"),
     )
     g.add_argument(
         "--weight_decay",
         type=_number(float, 0),
-        help="a step and unit of lr, decoupled except for sgd (default 0.01; hybrid, matrices and "
-        "heads only: 0.5 from scratch, 1e-5 from the teacher)",
+        help="a step and unit of lr, decoupled except for sgd; hybrid: of matrices and heads only "
+        + _by_start("weight_decay"),
     )
     g.add_argument(
         "--lr_schedule",
@@ -178,8 +195,8 @@ def make_parser() -> Parser:
         "--momentum",
         type=_number(float, 0, 0.9999),
         metavar="BETA",
-        help="of the hybrid, of sgd and of muon's matrices, first beta of the others (default 0.9; "
-        "muon 0.95; hybrid from scratch 0.8, from the teacher 0.6)",
+        help="of the hybrid, of sgd and of muon's matrices, first beta of the others "
+        + _by_start("momentum"),
     )
     g.add_argument(
         "--max_grad_norm",
@@ -225,7 +242,7 @@ def make_parser() -> Parser:
     g.add_argument("--use_auxiliary_nn", help="predict multiplier and radius (true)", **switch)
     g.add_argument(
         "--use_matrix_geometry",
-        help="whiten the steps of weight matrices (true from random, false from the teacher)",
+        help="whiten the steps of weight matrices " + _by_start("use_matrix_geometry"),
         **switch,
     )
     g.add_argument("--use_trust_region", help="bound every step (true)", **switch)

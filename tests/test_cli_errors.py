@@ -414,7 +414,7 @@ def test_contradictions_are_user_errors() -> None:
 
 
 def test_help_is_not_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    """--help lists every flag and exits with 0."""
+    """--help lists every flag, says which defaults depend on what, and exits with 0."""
     with pytest.raises(SystemExit) as e:
         parse_options(["--help"])
     assert e.value.code == 0
@@ -422,6 +422,9 @@ def test_help_is_not_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     for name in vars(parse_options([])):
         if name not in ("method", "mode"):
             assert f"--{name}" in said
+    said = " ".join(said.split())
+    assert "(default: hybrid 0.6 / 0.8, muon 0.95, others 0.9; the second from random" in said
+    assert "(default: false / true; the second from random weights)" in said
 
 
 # ------------------------------------------------------------------ calibration, extra optimisers
