@@ -157,16 +157,14 @@ def _draw_horizons(ax: Any, entry: dict[str, Any]) -> None:
     steps = sorted(int(h) for h in entry["hybrid_losses"])
     means, halves = zip(*(entry["hybrid_losses"][str(h)] for h in steps), strict=True)
     ax.errorbar(steps, means, halves, marker="o", capsize=3, label="hybrid")
-    baselines = [k for k in entry if k.endswith("_loss")]
-    for i, key in enumerate(baselines, 1):
-        mean, half = entry[key]
-        name = key.removesuffix("_loss")
-        label = f"tuned {name}"
+    baselines = [k.removesuffix("_loss") for k in entry if k.endswith("_loss")]
+    for i, (name, title) in enumerate(zip(baselines, entry["tuning"], strict=True), 1):
+        mean, half = entry[f"{name}_loss"]
         where = [entry[f"{name}_steps"]], [mean]
-        ax.errorbar(*where, [half], marker="s", capsize=3, color=f"C{i}", label=label)
+        ax.errorbar(*where, [half], marker="s", capsize=3, color=f"C{i}", label=f"tuned {title}")
         ax.axhline(mean, color=f"C{i}", ls="--", lw=1)
-    ax.set(xlabel="steps of the whole run", ylabel="final validation loss, nats a byte")
-    ax.legend()
+    ax.set(xlabel="steps of the whole run", ylabel="final validation loss, nats")
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)  # covers no interval
 
 
 def _draw_rates(ax: Any, entry: dict[str, Any]) -> None:
