@@ -84,15 +84,12 @@ def _by_start(name: str) -> str:
     def text(value: Any) -> str:
         return str(value).lower() if isinstance(value, bool) else f"{value:g}"
 
-    rows = [
-        (method, *dict.fromkeys(map(text, values))) for method, values in BY_START[name].items()
-    ]
-    words = [
-        " / ".join(values) if len(rows) == 1 else f"{method} {' / '.join(values)}"
-        for method, *values in rows
-    ]
-    two = "; the second from random weights" if any(len(row) > 2 for row in rows) else ""
-    return f"(default: {', '.join(words)}{two})"
+    rows = BY_START[name]
+    words = []
+    for method, pair in rows.items():
+        values = " / ".join(dict.fromkeys(map(text, pair)))
+        words.append(values if len(rows) == 1 else f"{method} {values}")
+    return f"(default: {', '.join(words)}; the second from random weights)"
 
 
 def make_parser() -> Parser:

@@ -226,6 +226,11 @@ def side_by_side(
     }
 
 
+def summary_name(baseline: str) -> str:
+    """What a baseline is called in the keys of the convergence study's summary."""
+    return baseline.split()[0].lower().replace("-", "_")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A tuned baseline's runs, a seed each, and the hybrid's around the same loss."""
@@ -260,7 +265,7 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
         entry, task = summary[name], c.task
         target = [r["final_loss"] for r in c.reference]
         losses = {h: [r["final_loss"] for r in rs] for h, rs in c.horizons.items()}
-        label = baseline.split()[0].lower().replace("-", "_")
+        label = summary_name(baseline)
         entry["tuning"][baseline] = {"chosen": c.chosen, "table": c.table}
         entry[f"{label}_steps"] = task.steps
         entry[f"{label}_loss"] = mean_interval(target)

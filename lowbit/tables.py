@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.checkpoint import atomic_write
+from lowbit.studies import summary_name
 from lowbit.study import mean_interval
 
 
@@ -157,11 +158,11 @@ def _draw_horizons(ax: Any, entry: dict[str, Any]) -> None:
     steps = sorted(int(h) for h in entry["hybrid_losses"])
     means, halves = zip(*(entry["hybrid_losses"][str(h)] for h in steps), strict=True)
     ax.errorbar(steps, means, halves, marker="o", capsize=3, label="hybrid")
-    baselines = [k.removesuffix("_loss") for k in entry if k.endswith("_loss")]
-    for i, (name, title) in enumerate(zip(baselines, entry["tuning"], strict=True), 1):
+    for i, baseline in enumerate(entry["tuning"], 1):
+        name = summary_name(baseline)
         mean, half = entry[f"{name}_loss"]
         where = [entry[f"{name}_steps"]], [mean]
-        ax.errorbar(*where, [half], marker="s", capsize=3, color=f"C{i}", label=f"tuned {title}")
+        ax.errorbar(*where, [half], marker="s", capsize=3, color=f"C{i}", label=f"tuned {baseline}")
         ax.axhline(mean, color=f"C{i}", ls="--", lw=1)
     ax.set(xlabel="steps of the whole run", ylabel="final validation loss, nats")
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)  # covers no interval
