@@ -22,6 +22,7 @@ Needs torch, numpy and scikit-learn only. ``HYBRID_OPTIMIZATION_GUIDE.md`` is th
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import warnings
@@ -85,11 +86,16 @@ def _number(low: float, high: float, *, open_low: bool = False) -> Callable[[Any
     return check
 
 
-def _integer(low: int) -> Callable[[Any], bool]:
+def _integer(low: int, high: float = math.inf) -> Callable[[Any], bool]:
     def check(x: Any) -> bool:
-        return isinstance(x, (int, np.integer)) and not isinstance(x, bool) and bool(x >= low)
+        whole = isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+        return whole and bool(low <= x <= high)
 
     return check
+
+
+def _one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda x: not isinstance(x, bool) and any(x == value for value in values)
 
 
 def _flag(x: Any) -> bool:
@@ -99,12 +105,16 @@ def _flag(x: Any) -> bool:
 _POSITIVE = (_number(0, math.inf, open_low=True), "a finite number above 0")
 _COUNT = (_integer(1), "an integer of at least 1")
 _BOOLEAN = (_flag, "True or False")
+_AT_LEAST_0 = (_number(0, math.inf), "a finite number of at least 0")
+_DECAY = (_number(0, 0.9999), "a number in [0, 0.9999]")
+_RADIUS = (_number(0, 1, open_low=True), "a fraction of the weights' norm in (0, 1]")
+_KINDS = ("embedding", "head", "matrix", "vector")
 
 #: For each field of the configuration: a test and what it expects, in words.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_quantization": _BOOLEAN,
     "quantizer_scale": _POSITIVE,
-    "target_bits": (lambda x: x in (1, 1.58), "1 or 1.58 bits a weight"),
+    "target_bits": (_one_of(1, 1.58), "1 or 1.58 bits a weight"),
     "use_clustering": _BOOLEAN,
     "data_clusters": _COUNT,
     "parameter_clusters": _COUNT,
@@ -112,28 +122,53 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "auxiliary_nn_hidden_size": _COUNT,
     "auxiliary_nn_learning_rate": _POSITIVE,
     "use_trust_region": _BOOLEAN,
-    "initial_trust_radius": (
-        _number(0, 1, open_low=True),
-        "a fraction of the weights' norm in (0, 1]",
-    ),
+    "initial_trust_radius": _RADIUS,
     "trust_radius_adaptation": _BOOLEAN,
     "base_learning_rate": _POSITIVE,
     "max_steps": _COUNT,
     "batch_size": _COUNT,
-    "momentum": (_number(0, 0.9999), "a number in [0, 1)"),
-    "weight_decay": (_number(0, math.inf), "a finite number of at least 0"),
+    "momentum": _DECAY,
+    "weight_decay": _AT_LEAST_0,
     "log_interval": _COUNT,
     "eval_interval": _COUNT,
     "step_length": _POSITIVE,
     "warmup_fraction": (_number(0, 0.5), "a fraction of max_steps in [0, 0.5]"),
     "lr_schedule": (
-        lambda x: x in ("linear", "cosine", "wsd", "constant"),
+        _one_of("linear", "cosine", "wsd", "constant"),
         "'linear', 'cosine', 'wsd' or 'constant'",
     ),
     "use_matrix_geometry": _BOOLEAN,
     "clustering_warmup_steps": (_integer(0), "an integer of at least 0"),
-    "seed": (_integer(0), "an integer of at least 0"),
+    "seed": (_integer(0, 2**32 - 1), "an integer from 0 to 4294967295"),
 }
+#: The same for the options of a group of `ConstrainedOptimizer`'s parameters.
+_GROUP_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "lr": _AT_LEAST_0,
+    "momentum": _DECAY,
+    "metric_decay": _DECAY,
+    "matrix_metric_decay": _DECAY,
+    "weight_decay": _AT_LEAST_0,
+    "initial_radius": _RADIUS,
+    "adapt_radius": _BOOLEAN,
+    "use_trust_region": _BOOLEAN,
+    "use_matrix_geometry": _BOOLEAN,
+    "refresh_every": _COUNT,
+    "damping": _AT_LEAST_0,
+    "largest_block": _COUNT,
+    "product_dtype": (
+        lambda x: x is None or (isinstance(x, torch.dtype) and x.is_floating_point),
+        "None or a floating-point torch.dtype",
+    ),
+    "active_share": (_number(0, 1), "a share in [0, 1]"),
+    "spike_limit": (lambda x: x == math.inf or _POSITIVE[0](x), "above 0"),
+    "kind": (lambda x: x is None or x in _KINDS, f"None or one of {', '.join(_KINDS)}"),
+}
+
+
+def _check(rules: Mapping[str, tuple[Callable[[Any], bool], str]], name: str, value: Any) -> None:
+    rule = rules.get(name)
+    if rule is not None and not rule[0](value):
+        raise ValueError(f"{name} must be {rule[1]}, not {value!r}")
 
 
 @dataclass
@@ -144,7 +179,8 @@ class HybridTrainingConfig:
     Units: max_steps, log_interval, eval_interval and clustering_warmup_steps in steps;
     initial_trust_radius in fractions of ||Theta_c||_2 a step; step_length in fractions of a
     weight's root mean square, what a step at the schedule's peak would be if all gradients agreed
-    (momentum leaves a tenth to a third of it); target_bits in bits a weight.
+    (momentum leaves a tenth to a third of it); target_bits in bits a weight. Regions that adapt
+    are kept around [0.001, 1], whatever initial_trust_radius is.
     The fields about quantisation, batches and intervals are kept for the caller's loop; the
     manager itself does not quantise.
     """
@@ -176,9 +212,7 @@ class HybridTrainingConfig:
     seed: int = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
-        rule = _RULES.get(name)
-        if rule is not None and not rule[0](value):
-            raise ValueError(f"{name} must be {rule[1]}, not {value!r}")
+        _check(_RULES, name, value)
         object.__setattr__(self, name, value)
 
 
@@ -233,22 +267,26 @@ class AuxiliaryNeuralNetwork(nn.Module):
         super().__init__()
         if output_size != 2:
             raise ValueError(f"output_size must be 2 (multiplier, radius), not {output_size}")
-        self.hidden = nn.Linear(input_size, hidden_size)
-        self.output = nn.Linear(hidden_size, output_size)
-        generator = torch.Generator().manual_seed(seed)
+        # Whatever torch.set_default_dtype and torch.set_default_device say.
+        plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        self.hidden = nn.Linear(input_size, hidden_size, **plain)
+        self.output = nn.Linear(hidden_size, output_size, **plain)
+        generator = torch.Generator("cpu").manual_seed(seed)
         with torch.no_grad():
             self.hidden.weight.copy_(
-                torch.randn(hidden_size, input_size, generator=generator) * input_size**-0.5
+                torch.randn(hidden_size, input_size, generator=generator, **plain)
+                * input_size**-0.5
             )
             self.hidden.bias.zero_()
             self.output.weight.zero_()
             self.output.bias.zero_()
-        self.register_buffer("feature_mean", torch.zeros(input_size))
-        self.register_buffer("feature_square", torch.zeros(input_size))
-        self.register_buffer("feature_count", torch.zeros(()))
+        self.register_buffer("feature_mean", torch.zeros(input_size, **plain))
+        self.register_buffer("feature_square", torch.zeros(input_size, **plain))
+        self.register_buffer("feature_count", torch.zeros((), **plain))
         # Normal equations of improvement ~ 1, m, m^2, forgotten at 0.98 a call.
-        self.register_buffer("fit_a", torch.zeros(3, 3, dtype=torch.float64))
-        self.register_buffer("fit_b", torch.zeros(3, dtype=torch.float64))
+        plain["dtype"] = torch.float64
+        self.register_buffer("fit_a", torch.zeros(3, 3, **plain))
+        self.register_buffer("fit_b", torch.zeros(3, **plain))
         self.radius_center = 0.01
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
         self._last: Tensor | None = None  # features of the newest prediction, (1, 6)
@@ -307,7 +345,7 @@ class AuxiliaryNeuralNetwork(nn.Module):
             out = self(self._last)[0]
             loss = out.sum() * 0.0
             if log10_multiplier is not None and math.isfinite(log10_multiplier):
-                target = torch.tensor(min(max(log10_multiplier, -1.0), 1.0))
+                target = out.new_tensor(min(max(log10_multiplier, -1.0), 1.0))
                 loss = loss + F.huber_loss(out[0], target, delta=0.3)
             if radius_residual is not None and math.isfinite(radius_residual):
                 error = min(max(radius_residual, -0.5), 0.5) - 0.5 * out[1]
@@ -332,7 +370,7 @@ class AuxiliaryNeuralNetwork(nn.Module):
         loss = abs(float(self._last[0, 0]))
         y = min(max(loss_improvement / max(loss, 1e-30), -4.0), 4.0)
         m = float(lr_multiplier)
-        row = torch.tensor([1.0, m, m * m], dtype=torch.float64)
+        row = self.fit_b.new_tensor([1.0, m, m * m])
         self.fit_a.mul_(0.98).add_(torch.outer(row, row))
         self.fit_b.mul_(0.98).add_(row * y)
         best = m * (1.1 if y > 0 else 0.7)
@@ -544,11 +582,18 @@ def equal_blocks(side: int, at_most: int) -> int:
     return n
 
 
+def _require_dense(grads: Iterable[Tensor]) -> None:
+    if any(g.is_sparse or g.is_complex() for g in grads):
+        raise RuntimeError(
+            "ConstrainedOptimizer needs dense, real gradients (embeddings: sparse=False)"
+        )
+
+
 def parameter_kind(name: str, p: Tensor, embeddings: set[int], head: int | None) -> str:
     """'embedding', 'head', 'matrix' or 'vector'."""
     if id(p) in embeddings:
         return "embedding"
-    if p.ndim < 2 or min(p.shape[0], p[0].numel()) == 1:
+    if p.ndim < 2 or not p.numel() or min(p.shape[0], p[0].numel()) == 1:
         return "vector"
     return "head" if id(p) == head or re.search(r"(^|\.)(lm_)?head\.", name) else "matrix"
 
@@ -560,9 +605,7 @@ def named_kinds(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
         id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
     }
     linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    tied = any(id(w) in embeddings for w in linears)
-    has_embedding_head = bool(embeddings)
-    head = None if len(linears) < 2 or tied or has_embedding_head else id(linears[-1])
+    head = None if len(linears) < 2 or embeddings else id(linears[-1])
     return [
         (n, p, parameter_kind(n, p, embeddings, head))
         for n, p in model.named_parameters()
@@ -712,7 +755,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     product_dtype (of the metric's products; None: bfloat16 where `native_bfloat16`, else float32),
     kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
     active_share) and spike_limit are read from the first group that has a gradient. Raises
-    RuntimeError for sparse or complex gradients.
+    ValueError for options that make no sense, RuntimeError for sparse or complex gradients.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
@@ -731,7 +774,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: nn.Module | Iterable[Any] = (),
+        params: nn.Module | Iterable[Any] | None = None,
         lr: float = 1e-3,
         *,
         momentum: float = 0.9,
@@ -768,30 +811,63 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             kind=None,
             clusters=None,
         )
-        if not _POSITIVE[0](lr):
-            raise ValueError(f"lr must be {_POSITIVE[1]}, not {lr!r}")
-        if not 0 < initial_radius <= 1:
-            raise ValueError(f"initial_radius must be in (0, 1], not {initial_radius!r}")
-        if not spike_limit > 0:
-            raise ValueError(f"spike_limit must be above 0, not {spike_limit!r}")
+        _check({"lr": _POSITIVE}, "lr", lr)
+        for name, value in defaults.items():
+            _check(_GROUP_RULES, name, value)
         if isinstance(params, nn.Module):
             groups: dict[str, list[Tensor]] = {}
             for _, p, kind in named_kinds(params):
                 groups.setdefault(kind, []).append(p)
             params = [{"params": ps, "kind": kind} for kind, ps in groups.items()]
-        params = list(params)
-        super().__init__(params or [{"params": []}], defaults)
-        if not params:
-            self.param_groups.clear()  # unbound: groups are added when a model arrives
+        given = [] if params is None else list(params)
+        if params is not None and not given:
+            raise ValueError("params: nothing to train (an empty list, or a frozen model)")
+        super().__init__(given or [{"params": []}], defaults)
+        if params is None:
+            self.param_groups.clear()  # groups are added when a model arrives
         self._stats = (0.0, 0.0, 0.0, initial_radius, 0.0)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's. Clusters that no other group has get a region of their own."""
+        group = dict(param_group)
+        for name, value in group.items():
+            _check(_GROUP_RULES, name, value)
+        params = group["params"]
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        if group.get("clusters") is not None:
+            clusters = list(group["clusters"])
+            if len(clusters) != len(group["params"]) or not all(map(_integer(0), clusters)):
+                raise ValueError(
+                    f"clusters must be an integer of at least 0 for each of the "
+                    f"{len(group['params'])} parameters, not {group['clusters']!r}"
+                )
+            group["clusters"] = [int(k) for k in clusters]
+        super().add_param_group(group)
+        self._region_of_new_clusters()
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but what is float32 stays float32, whatever the parameters are; the state
+        is copied."""
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for p, key in zip(group["params"], saved["params"], strict=True):
+                for name, value in state_dict["state"].get(key, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[p][name] = value.to(p.device, copy=True)
+        if "region" in self.state:
+            region = self.state["region"]  # type: ignore[index]
+            self.state["region"] = {k: v.clone() for k, v in region.items()}  # type: ignore[index]
 
     @staticmethod
     def apply_constraint(update: Any, constraint_radius: float) -> tuple[Any, bool]:
         """Project an update (array or tensor) on the L2 ball of an absolute radius.
 
         Returns (update with 2-norm <= radius, whether it was cut). The norm is taken in float64;
-        an update that is not finite becomes zero.
+        an update that is not finite becomes zero. Raises ValueError for a radius below 0.
         """
+        if not constraint_radius >= 0:
+            raise ValueError(f"constraint_radius must be at least 0, not {constraint_radius!r}")
         array = torch.as_tensor(update)
         if not array.numel():
             return update, False
@@ -814,7 +890,19 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         ]
         if not grads:
             return torch.zeros(())
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        _require_dense(grads)
+        # In float16 a norm above 65504 would be infinite.
+        half = torch.float16, torch.bfloat16
+        norms = [
+            norm
+            for part, dtype in (
+                ([g for g in grads if g.dtype not in half], None),
+                ([g for g in grads if g.dtype in half], torch.float32),
+            )
+            if part
+            for norm in torch._foreach_norm(part, 2, dtype)
+        ]
+        return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
 
     def slope(self) -> Tensor:
         """<g, s>: this gradient along the newest step taken, as a 0-dimensional tensor."""
@@ -837,19 +925,34 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         centre = self._region["centre"]
         centre.copy_((centre * factor).clamp(*RADIUS_RANGE))
 
+    def _first_radii(self) -> list[float]:
+        """Where each cluster's region starts: what the first group with that cluster asks for."""
+        groups = self.param_groups
+        count = 1 + max((max(self._clusters(g), default=0) for g in groups), default=0)
+        return [
+            next((g["initial_radius"] for g in groups if c in self._clusters(g)), 0.01)
+            for c in range(count)
+        ]
+
+    def _region_of_new_clusters(self) -> None:
+        if "region" not in self.state:
+            return
+        region, radii = self._region, self._first_radii()
+        new = radii[len(region["centre"]) :]
+        if new:
+            centre, factor = region["centre"], region["log_factor"]
+            region["centre"] = torch.cat([centre, centre.new_tensor(new)])
+            region["log_factor"] = torch.cat([factor, factor.new_zeros(len(new))])
+
     @property
     def _region(self) -> dict[str, Tensor]:
         groups = self.param_groups
         device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
         if "region" not in self.state:  # a key that is not a tensor survives state_dict()
-            count = 1 + max((max(self._clusters(g), default=0) for g in groups), default=0)
-            radius = [
-                next((g["initial_radius"] for g in groups if c in self._clusters(g)), 0.01)
-                for c in range(count)
-            ]
+            radii = torch.tensor(self._first_radii(), device=device)
             self.state["region"] = {  # type: ignore[index]
-                "centre": torch.tensor(radius, device=device),
-                "log_factor": torch.zeros(count, device=device),
+                "centre": radii,
+                "log_factor": torch.zeros_like(radii),
                 "norm": torch.zeros((), device=device),
                 "seen": torch.zeros((), device=device),
             }
@@ -878,7 +981,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         gradient_norm spares its computation where the caller knows it.
 
         A gradient that is not finite skips the step and leaves weights and running means alone.
-        On a GPU the host never waits; reading `info` waits.
+        On a GPU the host never waits, so that only the count of steps, which the means are
+        corrected by, goes on; reading `info` waits.
         """
         loss = None
         if closure is not None:
@@ -888,22 +992,17 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             (p, cluster, group["kind"] or parameter_kind("", p, set(), None), group)
             for group in self.param_groups
             for p, cluster in zip(group["params"], self._clusters(group), strict=True)
-            if p.grad is not None
+            if p.grad is not None and p.numel()
         ]
         if not live:
-            return loss
-        if any(p.is_complex() or (p.grad is not None and p.grad.is_sparse) for p, *_ in live):
-            raise RuntimeError(
-                "ConstrainedOptimizer needs dense, real gradients (embeddings: sparse=False)"
-            )
+            return self._no_step(loss)
+        _require_dense([p.grad for p, *_ in live if p.grad is not None])
         if gradient_norm is None or closure is not None:
             gradient_norm = self.gradient_norm()
         finite = torch.isfinite(gradient_norm)
         waits = finite.device.type == "cpu" and not self.never_wait
         if waits and not bool(finite):
-            *_, radius, ratio = self._newest()
-            self._stats = (0.0, 0.0, 0.0, radius, ratio)
-            return loss
+            return self._no_step(loss)
         # Elsewhere the host does not wait for the answer: a step that must not happen has weight
         # zero in everything that it would touch.
         keep = None if waits else finite.float()
@@ -987,6 +1086,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 asked.sum() / count,
             ]
         )
+        return loss
+
+    def _no_step(self, loss: float | None) -> float | None:
+        *_, radius, ratio = self._newest()
+        self._stats = (0.0, 0.0, 0.0, radius, ratio)
         return loss
 
     def _newest(self) -> tuple[float, ...]:
@@ -1180,7 +1284,7 @@ class _Running:
             self.mean = x
             return x
         delta = x - self.mean
-        if self.count > 10:
+        if self.count > 10 and self.deviation > 0:
             delta = min(max(delta, -5 * self.deviation), 5 * self.deviation)
         rate = max(self.rate, 1 / self.count)
         self.mean += rate * delta
@@ -1217,9 +1321,10 @@ class HybridOptimizationManager:
             learning_rate=c.auxiliary_nn_learning_rate,
             seed=c.seed,
         )
+        self.auxiliary_nn.radius_center = c.initial_trust_radius
         self.data_clusterer = KMeansClustering(c.data_clusters, seed=c.seed)
         self.param_clusterer = KMeansClustering(c.parameter_clusters, seed=c.seed)
-        self.constrained_opt = ConstrainedOptimizer()
+        self.constrained_opt = ConstrainedOptimizer()  # filled at the first step
         self.trust_radius = c.initial_trust_radius
         self.data_labels: np.ndarray | None = None
         self.parameter_labels: dict[str, int] = {}
@@ -1354,21 +1459,29 @@ class HybridOptimizationManager:
         base_lr: float | None = None,
     ) -> dict[str, Any]:
         """One step, or one piece of advice (see the class). base_lr replaces the configured rate
-        *and* its schedule: the caller's own schedule rules.
+        *and* its schedule: the caller's own schedule rules. The largest one so far is taken for
+        its peak, so a warm-up of the caller's is made up for as any rate that is too low; at 0
+        only the running means move.
 
         Returns loss, learning_rate, lr_multiplier, trust_radius (fraction of ||Theta_c||),
         update_magnitude (||dTheta||_2), constraint_active, gradient_magnitude, skipped,
         active_share (share of the parameter clusters whose step was cut), and the cluster's rate.
+
+        Raises ValueError for another model than the one before, for parameters that were frozen
+        at the first step and have a gradient now, and where no parameter has one.
         """
-        if base_lr is not None and not _POSITIVE[0](base_lr):
-            raise ValueError(f"base_lr must be {_POSITIVE[1]}, not {base_lr!r}")
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        if base_lr is not None:
+            _check({"base_lr": _AT_LEAST_0}, "base_lr", base_lr)
         advise = gradients is not None and torch.as_tensor(gradients).numel() == 1
         if advise and sum(p.numel() for p in model.parameters() if p.requires_grad) == 1:
             advise = isinstance(gradients, (int, float))
         if not advise:
-            self._bind(model)
             if gradients is not None:
                 self._scatter(model, torch.as_tensor(gradients))
+            elif all(p.grad is None for p in model.parameters()):
+                raise ValueError("no parameter has a gradient; call loss.backward() first")
+            self._bind(model)
             norm = self.constrained_opt.gradient_norm()
         else:
             norm = torch.as_tensor(gradients)
@@ -1388,7 +1501,7 @@ class HybridOptimizationManager:
         base = base_lr if base_lr is not None else c.base_learning_rate * self.schedule(step)
         self._peak = max(self._peak, base if base_lr is not None else c.base_learning_rate)
         multiplier, shift, cap = self._guide(state, advise)
-        self._share = base / self._peak
+        self._share = base / self._peak if base else 0.0
         rates = self.cluster_rates(step)
         rate = float(rates[cluster_id]) if 0 <= cluster_id < len(rates) else 1.0
         if several:  # clusters, networks differ
@@ -1402,7 +1515,8 @@ class HybridOptimizationManager:
 
         for group in self.constrained_opt.param_groups:
             group["lr"] = lr
-        every_second = c.use_auxiliary_nn and len(self.metrics_history) % 2 == 0
+        learns = c.use_auxiliary_nn and base > 0  # from a step that was taken
+        every_second = learns and len(self.metrics_history) % 2 == 0
         measure = every_second and step < self.GUIDED * c.max_steps
         self.constrained_opt.step(
             radius_scale=self._share * 10.0**shift,
@@ -1414,7 +1528,7 @@ class HybridOptimizationManager:
             self._promised = float(self.constrained_opt.slope())
         if every_second:
             self._proposal = self.constrained_opt.proposal_log10
-        if c.use_auxiliary_nn and c.trust_radius_adaptation and step < self.SETTLE * c.max_steps:
+        if learns and c.trust_radius_adaptation and step < self.SETTLE * c.max_steps:
             excess = min(max(self.constrained_opt.proposal_log10 + 0.1, -0.5), 0.5)
             self.constrained_opt.scale_regions(10.0 ** (0.5 * excess))
         info = self.constrained_opt.info
@@ -1454,7 +1568,7 @@ class HybridOptimizationManager:
         hardly matters; what a multiplier of 0.1 leaves too long, cap cuts.
         """
         net = self.auxiliary_nn
-        if not self.config.use_auxiliary_nn:
+        if not self.config.use_auxiliary_nn or not self._peak:
             return 1.0, 0.0, 1.0
         if advise:
             multiplier, shift = net.predict(state)
@@ -1516,7 +1630,15 @@ class HybridOptimizationManager:
 
     def _bind(self, model: nn.Module) -> None:
         """On the first step: find kinds, cluster the parameters, fill the optimiser's groups."""
+        opt = self.constrained_opt
         if self._model is model:
+            known = {id(p) for group in opt.param_groups for p in group["params"]}
+            for name, p in model.named_parameters():
+                if p.requires_grad and id(p) not in known:
+                    raise ValueError(
+                        f"{name} was frozen, or not there, at this manager's first step; make a "
+                        "new manager, or freeze only after the first step"
+                    )
             return
         if self._model is not None:
             raise ValueError("this manager already steps another model; make a new manager")
@@ -1524,20 +1646,11 @@ class HybridOptimizationManager:
         named = named_kinds(model)
         if not named:
             raise ValueError("optimization_step: the model has no trainable parameters")
-        labels = self._cluster_parameters(named)
+        _require_dense(p.grad for _, p, _ in named if p.grad is not None)
+        labels = [int(k) for k in self._cluster_parameters(named)]
         self.parameter_labels = {n: k for (n, _, _), k in zip(named, labels, strict=True)}
-        self.constrained_opt = ConstrainedOptimizer(
-            [
-                {
-                    "params": [p for _, p, k in named if k == kind],
-                    "clusters": [
-                        int(x) for (_, _, k), x in zip(named, labels, strict=True) if k == kind
-                    ],
-                    "kind": kind,
-                    "weight_decay": c.weight_decay if kind in ("matrix", "head") else 0.0,
-                }
-                for kind in dict.fromkeys(k for _, _, k in named)
-            ],
+        # Not a new optimiser: the caller may hold this one.
+        opt.defaults.update(
             lr=c.base_learning_rate,
             momentum=c.momentum,
             initial_radius=c.initial_trust_radius,
@@ -1545,15 +1658,30 @@ class HybridOptimizationManager:
             use_trust_region=c.use_trust_region,
             use_matrix_geometry=c.use_matrix_geometry,
         )
+        for kind in dict.fromkeys(k for _, _, k in named):
+            mine = [(p, x) for (_, p, k), x in zip(named, labels, strict=True) if k == kind]
+            opt.add_param_group(
+                {
+                    "params": [p for p, _ in mine],
+                    "clusters": [x for _, x in mine],
+                    "kind": kind,
+                    "weight_decay": c.weight_decay if kind in ("matrix", "head") else 0.0,
+                }
+            )
         self._model = model
 
     def _cluster_parameters(self, named: Sequence[tuple[str, nn.Parameter, str]]) -> np.ndarray:
         """Labels (tensors,) from kind, size, aspect, weight scale, gradient scale, sensitivity."""
-        if self.config.parameter_clusters == 1:
+        count = self.config.parameter_clusters
+        if count == 1:
             return np.zeros(len(named), int)
-        kinds = ("embedding", "head", "matrix", "vector")
+        self.param_clusterer = KMeansClustering(count, seed=self.config.seed)
         rows = []
         for _, p, kind in named:
+            if not p.numel():
+                rows.append([4.0 * (kind == k) for k in _KINDS] + [0.0] * 5)
+                continue
+            height = p.shape[0] if p.ndim else 1
             w = p.detach().double()
             g = torch.zeros_like(w) if p.grad is None else p.grad.detach().double()
             logs = [
@@ -1562,13 +1690,13 @@ class HybridOptimizationManager:
                 float((w * g).sum().abs()),
             ]
             rows.append(
-                [4.0 * (kind == k) for k in kinds]
-                + [math.log10(p.numel()), math.log10(len(p) / (p.numel() / len(p)))]
+                [4.0 * (kind == k) for k in _KINDS]
+                + [math.log10(p.numel()), math.log10(height / (p.numel() / height))]
                 + [math.log10(max(x, 1e-6)) if math.isfinite(x) else 0.0 for x in logs]
             )
         features = np.array(rows)
-        scale = features[:, len(kinds) :].std(0)
-        features[:, len(kinds) :] /= np.where(scale > 0, scale, 1)
+        scale = features[:, len(_KINDS) :].std(0)
+        features[:, len(_KINDS) :] /= np.where(scale > 0, scale, 1)
         return self.param_clusterer.fit(features).labels
 
     @staticmethod
@@ -1608,14 +1736,12 @@ class HybridOptimizationManager:
 
     _PLAIN = (
         "trust_radius",
-        "data_labels",
         "parameter_labels",
         "metrics_history",
         "skipped_steps",
         "consecutive_skips",
         "_promised",
         "_proposal",
-        "_orders",
         "kappa",
         "_length",
         "_peak",
@@ -1624,33 +1750,52 @@ class HybridOptimizationManager:
     _AVERAGES = ("_fast", "_slow", "_norm", "_descent", "_curved")
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, in plain types and tensors."""
-        import copy
-
-        plain = {k: copy.deepcopy(getattr(self, k)) for k in self._PLAIN}
+        """Everything a resumed run needs, in plain types and tensors: torch.load reads it with
+        weights_only=True. As torch.optim's it holds the tensors themselves: copy.deepcopy it if
+        it is to stay in memory while training goes on."""
+        data = None
+        if self.data_labels is not None:
+            data = {
+                "labels": torch.from_numpy(self.data_labels.copy()),
+                "centroids": torch.from_numpy(self.data_clusterer.centroids.copy()),
+                "inertia": self.data_clusterer.inertia,
+            }
         return {
-            "plain": plain,
+            "plain": {k: copy.deepcopy(getattr(self, k)) for k in self._PLAIN},
+            "data": data,
+            "orders": {k: torch.from_numpy(order.copy()) for k, order in self._orders.items()},
             "averages": {k: dict(vars(getattr(self, k))) for k in self._AVERAGES},
             "cluster_loss": {k: dict(vars(r)) for k, r in self._cluster_loss.items()},
-            "rng": self._rng.bit_generator.state,
+            "rng": copy.deepcopy(self._rng.bit_generator.state),
             "auxiliary_nn": self.auxiliary_nn.training_state(),
             "optimizer": self.constrained_opt.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], model: nn.Module | None = None) -> None:
-        """Restore `state_dict`. Pass the model if steps were taken before saving."""
-        if model is not None and state["plain"]["parameter_labels"]:
+        """Restore `state_dict`, which is copied. model: what the steps before saving moved; may be
+        left out where this manager has stepped it already. Raises ValueError where it is missing.
+        """
+        model = self._model if model is None else getattr(model, "_orig_mod", model)
+        if state["plain"]["parameter_labels"]:
+            if model is None:
+                raise ValueError("load_state_dict: steps were taken before saving; pass the model")
             self._bind(model)
             self.constrained_opt.load_state_dict(state["optimizer"])
         for k, v in state["plain"].items():
-            setattr(self, k, v)
+            setattr(self, k, copy.deepcopy(v))
+        self.data_labels = None
+        if (data := state["data"]) is not None:
+            self.data_labels = self.data_clusterer.labels = data["labels"].numpy().copy()
+            self.data_clusterer.centroids = data["centroids"].numpy().copy()
+            self.data_clusterer.inertia = data["inertia"]
+        self._orders = {k: order.numpy().copy() for k, order in state["orders"].items()}
         for k, v in state["averages"].items():
             vars(getattr(self, k)).update(v)
         self._cluster_loss = {k: _Running(0.05) for k in state["cluster_loss"]}
         for k, v in state["cluster_loss"].items():
             vars(self._cluster_loss[k]).update(v)
         self._rng.bit_generator.state = state["rng"]
-        self.auxiliary_nn.load_training_state(state["auxiliary_nn"])
+        self.auxiliary_nn.load_training_state(copy.deepcopy(state["auxiliary_nn"]))
 
 
 def create_hybrid_optimizer(

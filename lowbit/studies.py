@@ -255,24 +255,30 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
         task = given(TASKS[name], baseline)
         best, table = tune(bench, baseline, task)
         keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
+        if bench.from_log:  # another comparison may have more seeds
+            there = next((s for s, key in enumerate(keys) if bench.missing([key])), seeds)
+            keys = keys[: there or 1]
         reference = bench.run(keys)
         losses = [r["final_loss"] for r in reference]
-        return Comparison(task, best, table, reference, bracket(bench, task, seeds, losses))
+        return Comparison(task, best, table, reference, bracket(bench, task, len(keys), losses))
 
     found = bench.together([partial(measure, *pair) for pair in pairs])
-    summary: dict[str, Any] = {name: {"seeds": seeds, "tuning": {}} for name in tasks}
-    for (name, baseline), c in zip(pairs, found, strict=True):
+    summary: dict[str, Any] = {name: {"tuning": {}} for name in tasks}
+    # Of a horizon that two comparisons have, the one with more seeds is kept.
+    for (name, baseline), c in sorted(
+        zip(pairs, found, strict=True), key=lambda x: len(x[1].reference)
+    ):
         entry, task = summary[name], c.task
         target = [r["final_loss"] for r in c.reference]
         losses = {h: [r["final_loss"] for r in rs] for h, rs in c.horizons.items()}
         label = summary_name(baseline)
         entry["tuning"][baseline] = {"chosen": c.chosen, "table": c.table}
-        entry[f"{label}_steps"] = task.steps
+        entry[f"{label}_seeds"], entry[f"{label}_steps"] = len(target), task.steps
         entry[f"{label}_loss"] = mean_interval(target)
         entry[f"{label}_kl"] = mean_interval([r["final_kl"] for r in c.reference])
         entry[f"steps_ratio_vs_{label}"] = steps_ratio(losses, target, task.steps)
-        reached = smallest_horizon(losses, float(np.mean(target)), np.arange(seeds))
-        if math.isfinite(reached) and (timed_pairs := min(seeds, bench.timed_pairs)):
+        reached = smallest_horizon(losses, float(np.mean(target)), np.arange(len(target)))
+        if math.isfinite(reached) and (timed_pairs := min(len(target), bench.timed_pairs)):
             timed = side_by_side(bench, task, baseline, c.chosen, int(reached), timed_pairs)
             entry |= {f"{ratio}_vs_{label}": found for ratio, found in timed.items()}
         for column, key in (("final_loss", "hybrid_losses"), ("final_kl", "hybrid_kl")):

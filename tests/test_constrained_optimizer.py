@@ -49,6 +49,12 @@ def test_apply_constraint_of_something_not_finite_is_zero(value):
     assert cut.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize("radius", [-1.0, float("nan")])
+def test_apply_constraint_refuses_what_is_no_radius(radius):
+    with pytest.raises(ValueError, match="constraint_radius must be at least 0"):
+        ConstrainedOptimizer.apply_constraint(torch.ones(2), radius)
+
+
 def test_region_grows_when_inactive_and_shrinks_when_active():
     p = nn.Parameter(torch.ones(4, 4))
     radii = {}
@@ -365,6 +371,25 @@ def test_plain_parameters_and_added_groups():
     assert (b < 1).all()
 
 
+def test_added_clusters_get_a_region_of_their_own():
+    a, b, c = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    opt = ConstrainedOptimizer([{"params": [a], "clusters": np.array([0])}], adapt_radius=False)
+    a.grad = torch.ones(3)
+    opt.step()
+    opt.add_param_group({"params": [b, c], "clusters": [0, 2], "initial_radius": 0.2})
+    for p in (a, b, c):
+        p.grad = torch.ones(3)
+    opt.step()
+    np.testing.assert_allclose(opt.radii(), [0.01, 0.01, 0.2], rtol=1e-6)
+    assert all((p < 1).all() for p in (a, b, c))
+
+
+@pytest.mark.parametrize("clusters", [[0, 1], [-1], [0.5], ["a"]])
+def test_clusters_are_checked(clusters):
+    with pytest.raises(ValueError, match="clusters must be an integer of at least 0 for each"):
+        ConstrainedOptimizer([{"params": [nn.Parameter(torch.ones(3))], "clusters": clusters}])
+
+
 def test_kinds():
     model = nn.ModuleDict(
         {
@@ -437,6 +462,37 @@ def test_gradients_that_begin_at_zero(monkeypatch, never_wait, nothing):
     assert float(opt.state_dict()["state"]["region"]["norm"]) > 0
 
 
-def test_spike_limit_is_checked():
-    with pytest.raises(ValueError, match="spike_limit must be above 0"):
-        ConstrainedOptimizer([nn.Parameter(torch.ones(2))], spike_limit=0)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", -1.0),
+        ("lr", float("nan")),
+        ("initial_radius", 5),
+        ("spike_limit", 0),
+        ("spike_limit", float("nan")),
+        ("weight_decay", -1),
+        ("active_share", 5),
+        ("momentum", 1.0),
+        ("metric_decay", 1.0),
+        ("matrix_metric_decay", -0.1),
+        ("refresh_every", 0),
+        ("largest_block", 0.5),
+        ("damping", -1),
+        ("product_dtype", torch.int8),
+        ("use_trust_region", 1),
+        ("kind", "matrx"),
+    ],
+)
+def test_options_are_checked_by_name(name, value):
+    p = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        ConstrainedOptimizer([{"params": [p], name: value}])
+    if name != "kind":
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            ConstrainedOptimizer([p], **{name: value})
+
+
+@pytest.mark.parametrize("params", [[], nn.ReLU(), make_net().requires_grad_(False)])
+def test_nothing_to_train_is_refused(params):
+    with pytest.raises(ValueError, match="nothing to train"):
+        ConstrainedOptimizer(params)

@@ -14,14 +14,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def two_ranks(folder, use_manager: bool) -> list[dict]:
-    arguments = (2, str(folder), use_manager)
+def two_ranks(folder, how: str) -> list[dict]:
+    arguments = (2, str(folder), how)
     torch.multiprocessing.spawn(distributed_run, arguments, nprocs=2)
     return [torch.load(folder / f"rank{r}.pt", weights_only=False) for r in range(2)]
 
 
 def test_the_step_on_two_processes_is_that_on_their_batches_together(tmp_path):
-    first, second = two_ranks(tmp_path, use_manager=False)
+    first, second = two_ranks(tmp_path, "optimizer")
     same(first["model"], second["model"])
     model = make_net()
     # As in distributed_run: half the precision would make more of the gradients' last digits,
@@ -34,8 +34,9 @@ def test_the_step_on_two_processes_is_that_on_their_batches_together(tmp_path):
         torch.testing.assert_close(first["model"][name], weights, rtol=2e-3, atol=2e-4)
 
 
-def test_managers_agree_though_losses_and_clusters_differ(tmp_path):
-    first, second = two_ranks(tmp_path, use_manager=True)
+@pytest.mark.parametrize("how", ["manager", "compiled"])
+def test_managers_agree_though_losses_and_clusters_differ(tmp_path, how):
+    first, second = two_ranks(tmp_path, how)
     same(first["model"], second["model"])
     shared = ("loss", "learning_rate", "lr_multiplier", "trust_radius", "cluster_rate", "skipped")
     for one, other in zip(first["steps"], second["steps"], strict=True):

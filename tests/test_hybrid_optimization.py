@@ -77,6 +77,8 @@ def test_config_defaults_are_the_documented_ones():
         ("initial_trust_radius", 0),
         ("initial_trust_radius", 2),
         ("target_bits", 3),
+        ("target_bits", True),
+        ("seed", 2**32),
         ("momentum", 1.0),
         ("weight_decay", -1e-9),
         ("weight_decay", float("inf")),
@@ -169,6 +171,123 @@ def test_a_gradient_norm_only_advises(as_tensor):
 def test_wrong_length_of_gradients_is_refused():
     with pytest.raises(ValueError, match="entries"):
         HybridOptimizationManager().optimization_step(make_net(), 1.0, torch.ones(7), 0, 0)
+
+
+def test_a_forgotten_backward_pass_is_refused():
+    with pytest.raises(ValueError, match=r"loss\.backward"):
+        HybridOptimizationManager().optimization_step(make_net(), 1.0, None, 0, 0)
+
+
+def test_clusters_come_from_the_gradients_that_are_passed():
+    """With nothing in p.grad at the first step, too."""
+    x, y = digits()
+    labels = []
+    for passed in (False, True):
+        config = HybridTrainingConfig(parameter_clusters=5)
+        model, manager = make_net(), HybridOptimizationManager(config)
+        loss = backward(model, x, y)
+        flat = torch.cat([p.grad.reshape(-1) for p in model.parameters()]) if passed else None
+        if passed:
+            model.zero_grad()
+        manager.optimization_step(model, loss, flat, 0, 0)
+        labels.append(manager.parameter_labels)
+    assert labels[0] == labels[1]
+
+
+def test_a_parameter_unfrozen_later_is_not_silently_left_out():
+    model, (x, y) = make_net(), digits()
+    model[0].weight.requires_grad_(False)
+    manager = HybridOptimizationManager()
+    manager.optimization_step(model, backward(model, x, y), None, 0, 0)
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"0\.weight was frozen"):
+        manager.optimization_step(model, backward(model, x, y), None, 0, 1)
+    model[0].weight.requires_grad_(False)
+    manager.optimization_step(model, backward(model, x, y), None, 0, 1)
+
+
+class Scaled(nn.Module):
+    """With a scalar, as CLIP's logit scale, and parameters without entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.none = nn.Parameter(torch.zeros(0))
+        self.flat = nn.Parameter(torch.zeros(0, 5))
+        self.thin = nn.Parameter(torch.zeros(5, 0))
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        nothing = self.none.sum() + self.flat.sum() + self.thin.sum()
+        return self.scale * self.linear(x) + nothing
+
+
+def test_scalars_and_parameters_without_entries():
+    torch.manual_seed(0)
+    model, manager = Scaled(), HybridOptimizationManager()
+    for step in range(5):
+        model.zero_grad()
+        loss = (model(torch.ones(4, 3)) - 2).square().mean()
+        loss.backward()
+        info = manager.optimization_step(model, loss, None, 0, step)
+        assert info["update_magnitude"] > 0
+    assert model.scale.item() != 1
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+def test_a_rate_of_zero_moves_nothing():
+    """As a caller's schedule has it in its first or last step."""
+    model, (x, y) = make_net(), digits()
+    manager = HybridOptimizationManager()
+    for step, rate in enumerate((0.0, 1e-3, 0.0)):
+        before = copy.deepcopy(model.state_dict())
+        info = manager.optimization_step(model, backward(model, x, y), None, 0, step, rate)
+        if rate:
+            assert info["update_magnitude"] > 0
+        else:
+            assert (info["learning_rate"], info["update_magnitude"]) == (0, 0)
+            same(before, model.state_dict())
+
+
+def test_the_optimiser_that_a_caller_holds_stays():
+    model, (x, y) = make_net(), digits()
+    manager = HybridOptimizationManager(HybridTrainingConfig())
+    held = manager.constrained_opt
+    manager.config.momentum = 0.5  # before the first step: counts
+    manager.optimization_step(model, backward(model, x, y), None, 0, 0)
+    assert manager.constrained_opt is held
+    assert {g["momentum"] for g in held.param_groups} == {0.5}
+    held.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_number_of_parameter_clusters_can_be_set_until_the_first_step():
+    model, (x, y) = make_net(), digits()
+    manager = HybridOptimizationManager()
+    manager.config.parameter_clusters = 2
+    manager.optimization_step(model, backward(model, x, y), None, 0, 0)
+    assert set(manager.parameter_labels.values()) == {0, 1}
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(5, 3, sparse=True)
+    loss = model(torch.tensor([1])).sum()
+    loss.backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        HybridOptimizationManager().optimization_step(model, loss, None, 0, 0)
+
+
+def test_double_precision_by_default():
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, (x, y) = make_net(), digits()
+        manager = HybridOptimizationManager()
+        for step in range(3):
+            loss = backward(model, x.double(), y)
+            manager.optimization_step(model, loss, None, 0, step)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in manager.auxiliary_nn.parameters()} == {torch.float32}
 
 
 def test_training_on_digits_learns():
@@ -450,6 +569,45 @@ def test_resume_is_bit_exact():
     same(one.auxiliary_nn.training_state(), manager.auxiliary_nn.training_state())
 
 
+def test_state_is_complete_plain_and_copied(tmp_path):
+    x, y = digits()
+    model, manager = make_net(), HybridOptimizationManager()
+    manager.setup_data_clustering(x.flatten(1))
+    manager.get_cluster_batch(x, 3, 1)
+
+    def go(start, stop):
+        for step in range(start, stop):
+            manager.optimization_step(model, backward(model, x, y), None, 0, step)
+
+    go(0, 3)
+    torch.save([model.state_dict(), manager.state_dict()], tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    before = copy.deepcopy(state)
+    fresh = HybridOptimizationManager()
+    with pytest.raises(ValueError, match="pass the model"):
+        fresh.load_state_dict(state)
+    fresh.load_state_dict(state, make_net())
+    features = x.flatten(1).numpy()
+    found = fresh.data_clusterer.predict(features)
+    np.testing.assert_array_equal(found, manager.data_clusterer.predict(features))
+    (_, ours), (_, theirs) = (
+        m.get_cluster_batch(x, 3, 1, return_indices=True) for m in (fresh, manager)
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    # Back to where it was, by the manager that went on; without its model. Twice: what was
+    # loaded is not what steps change.
+    ends = []
+    for _ in range(2):
+        model.load_state_dict(weights)
+        manager.load_state_dict(state)
+        assert manager.constrained_opt.state_dict()["state"][0]["step"] == 3
+        go(3, 6)
+        ends.append(copy.deepcopy((model.state_dict(), manager.state_dict())))
+        same(before, state)
+    same(ends[0][0], ends[1][0])
+    same(ends[0][1]["plain"], ends[1][1]["plain"])
+
+
 def test_four_parameter_clusters_by_default():
     model, (x, y) = make_net(), digits()
     manager = HybridOptimizationManager()
@@ -479,6 +637,15 @@ def test_one_spike_does_not_move_the_running_loss():
     before = manager.compute_training_state(1.0, 1.0, 0, 50).loss_trend
     after = manager.compute_training_state(1e9, 1.0, 0, 51).loss_trend
     assert abs(after - before) < 0.1
+
+
+def test_losses_that_begin_all_equal_are_not_for_ever():
+    """Twelve losses without deviation say nothing of how far the next may be from them."""
+    manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=2, max_steps=10**6))
+    for loss in [0.0] * 12 + [4.0] * 300:
+        manager.observe_clusters([0, 1], [loss, 1.0])
+    rates = manager.cluster_rates(0)
+    assert rates[0] > 1.2 > 0.8 > rates[1]
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "wsd", "constant"])

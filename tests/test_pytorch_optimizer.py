@@ -81,8 +81,41 @@ def test_parameters_without_gradient_are_left_alone():
     assert torch.equal(frozen, before)
     model.zero_grad()
     after = copy.deepcopy(model.state_dict())
+    assert opt.info.update_magnitude > 0
     opt.step()  # no gradients at all
     same(after, model.state_dict())
+    assert opt.info.update_magnitude == 0
+
+
+@pytest.mark.parametrize("never_wait", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_models_of_other_types_resume_exactly(monkeypatch, dtype, never_wait):
+    """torch casts a loaded state to the parameters' type; ours is float32 whatever they are."""
+    monkeypatch.setattr(ConstrainedOptimizer, "never_wait", never_wait)
+    x, y = digits(64)
+    models = make_net().to(dtype), make_net().to(dtype)
+    opt, other = (ConstrainedOptimizer(m, lr=2e-3) for m in models)
+
+    def go(model, optimizer):
+        for _ in range(3):
+            backward(model, x.to(dtype), y)
+            optimizer.step(keep_step=True)
+
+    go(models[0], opt)
+    saved = copy.deepcopy(opt.state_dict())
+    models[1].load_state_dict(models[0].state_dict())
+    other.load_state_dict(saved)
+    before = copy.deepcopy(saved)
+    for model, optimizer in zip(models, (opt, other), strict=True):
+        go(model, optimizer)
+    same(models[0].state_dict(), models[1].state_dict())
+    same(before, saved)
+
+
+def test_the_norm_of_half_precision_gradients_does_not_overflow():
+    p = nn.Parameter(torch.zeros(9, dtype=torch.float16))
+    p.grad = torch.full((9,), 3e4, dtype=torch.float16)
+    assert float(ConstrainedOptimizer([p]).gradient_norm()) == pytest.approx(9e4, rel=1e-3)
 
 
 def test_state_saved_without_pickle_resumes_exactly(tmp_path):

@@ -72,9 +72,10 @@ def toy_run(method: str, flags: list[str], task: list[str], seed: int) -> dict:
     return {"final_loss": float(seed)}
 
 
-def distributed_run(rank: int, count: int, folder: str, use_manager: bool) -> None:
-    """Process ``rank`` of ``count``: eight steps on its share of 64 digits, a loss that is not
-    finite on one rank among them; leaves weights and what the steps reported in rank<n>.pt."""
+def distributed_run(rank: int, count: int, folder: str, how: str) -> None:
+    """Process ``rank`` of ``count``: eight steps on its share of 64 digits, of the "optimizer" or
+    of the "manager", whose model may be "compiled", with a loss that is not finite on one rank;
+    leaves weights and what the steps reported in rank<n>.pt."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -86,12 +87,13 @@ def distributed_run(rank: int, count: int, folder: str, use_manager: bool) -> No
     manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=8, data_clusters=count))
     optimizer = ConstrainedOptimizer(model, lr=2e-3, product_dtype=torch.float32)
     found = []
+    trained = torch.compile(model, backend="eager") if how == "compiled" else model
     for step in range(8):
-        loss = backward(model, x, y)
-        if use_manager:
+        loss = backward(trained, x, y)
+        if how != "optimizer":
             manager.observe_clusters(range(count), [1.0 + rank, 4.0])
             value = float("nan") if (rank, step) == (1, 3) else loss
-            found.append(manager.optimization_step(model, value, None, cluster_id=rank, step=step))
+            found.append(manager.optimization_step(trained, value, None, rank, step))
         else:
             optimizer.step()
     torch.save({"model": model.module.state_dict(), "steps": found}, f"{folder}/rank{rank}.pt")
