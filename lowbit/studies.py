@@ -366,17 +366,21 @@ def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequen
 
 
 def overhead(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
-    """Time a step against AdamW: medians over default runs that alternate on the same machine."""
+    """Time of default runs, the hybrid's over AdamW's of as many steps: a step, median of each run,
+    and the whole run, with clustering, calibration and validation. The two take turns on the same
+    machine."""
     summary: dict[str, Any] = {}
     for name in tasks:
         runs = bench.take_turns([((m, TASKS[name].flags, ()), RUN) for m in PAIR], seeds)
         if not runs[0]:
             raise UserError(f"{bench.log.path} has no pair of runs that took turns on {name}")
         adamw, hybrid = ([r["step_seconds"] for r in side] for side in runs)
+        wholes = ([r["seconds"] for r in side] for side in reversed(runs))
         summary[name] = {
             "adamw_step_seconds": mean_interval(adamw),
             "hybrid_step_seconds": mean_interval(hybrid),
             "step_time_ratio": ratio(hybrid, adamw),
+            "seconds_ratio": ratio(*wholes),
         }
     return {"tasks": summary, "seeds": seeds}
 

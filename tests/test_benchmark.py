@@ -260,7 +260,7 @@ def test_the_other_studies_summarise(law, tmp_path, capsys):
     assert entry["tuning"]["full_precision"]["chosen"][:2] == ["--lr", "2"]
     assert entry["1bit"]["adamw_gap"] > 0
     entry = study("overhead", tmp_path)
-    assert entry["step_time_ratio"]["value"] == 1
+    assert entry["step_time_ratio"]["value"] == entry["seconds_ratio"]["value"] == 1
     entry = study("batch-size", tmp_path)
     assert entry["Full hybrid"]["32"]["diverged"] == 0
     entry = study("ablation", tmp_path)
