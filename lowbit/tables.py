@@ -192,14 +192,18 @@ def _draw_means(ax: Any, entry: dict[str, Any]) -> None:
 
 
 def plot_study(path: Path, name: str, tasks: dict[str, Any]) -> None:
-    """A panel a task."""
+    """A panel a task, three in a row."""
     from matplotlib.figure import Figure
 
     draw = {"convergence": _draw_horizons, "lr-sensitivity": _draw_rates}.get(name, _draw_means)
     rows = max(len(intervals(e)) for e in tasks.values()) if draw is _draw_means else 12
-    figure = Figure(figsize=(6 * len(tasks) + 1, max(4, 0.4 * rows)), layout="constrained")
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
-    for ax, (task, entry) in zip(panels, tasks.items(), strict=True):
+    wide = min(len(tasks), 3)
+    high = math.ceil(len(tasks) / wide)
+    figure = Figure(figsize=(6 * wide + 1, high * max(4, 0.4 * rows)), layout="constrained")
+    panels = figure.subplots(high, wide, squeeze=False).ravel()
+    for ax in panels[len(tasks) :]:
+        ax.set_axis_off()
+    for ax, (task, entry) in zip(panels, tasks.items(), strict=False):
         ax.set_title(f"{name}: {task}")
         ax.grid(alpha=0.25)
         draw(ax, entry)
