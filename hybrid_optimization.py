@@ -179,8 +179,8 @@ class HybridTrainingConfig:
     Units: max_steps, log_interval, eval_interval and clustering_warmup_steps in steps;
     initial_trust_radius in fractions of ||Theta_c||_2 a step; step_length in fractions of a
     weight's root mean square, what a step at the schedule's peak would be if all gradients agreed
-    (momentum leaves a tenth to a third of it); target_bits in bits a weight. Regions that adapt
-    are kept around [0.001, 1], whatever initial_trust_radius is.
+    (momentum leaves a tenth to a third of it); target_bits in bits a weight. Centres of regions
+    that adapt are kept in [0.001, 1], whatever initial_trust_radius is.
     The fields about quantisation, batches and intervals are kept for the caller's loop; the
     manager itself does not quantise.
     """
@@ -833,13 +833,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         for name, value in group.items():
             _check(_GROUP_RULES, name, value)
         params = group["params"]
-        group["params"] = [params] if isinstance(params, Tensor) else list(params)
+        if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
+            params = group["params"] = list(params)
         if group.get("clusters") is not None:
+            count = 1 if isinstance(params, Tensor) else len(params)
             clusters = list(group["clusters"])
-            if len(clusters) != len(group["params"]) or not all(map(_integer(0), clusters)):
+            if len(clusters) != count or not all(map(_integer(0), clusters)):
                 raise ValueError(
-                    f"clusters must be an integer of at least 0 for each of the "
-                    f"{len(group['params'])} parameters, not {group['clusters']!r}"
+                    f"clusters must be an integer of at least 0 for each of the {count} "
+                    f"parameters, not {group['clusters']!r}"
                 )
             group["clusters"] = [int(k) for k in clusters]
         super().add_param_group(group)
@@ -1324,7 +1326,8 @@ class HybridOptimizationManager:
         self.auxiliary_nn.radius_center = c.initial_trust_radius
         self.data_clusterer = KMeansClustering(c.data_clusters, seed=c.seed)
         self.param_clusterer = KMeansClustering(c.parameter_clusters, seed=c.seed)
-        self.constrained_opt = ConstrainedOptimizer()  # filled at the first step
+        # Its groups are made at the first step.
+        self.constrained_opt = ConstrainedOptimizer(initial_radius=c.initial_trust_radius)
         self.trust_radius = c.initial_trust_radius
         self.data_labels: np.ndarray | None = None
         self.parameter_labels: dict[str, int] = {}
@@ -1474,12 +1477,13 @@ class HybridOptimizationManager:
         if base_lr is not None:
             _check({"base_lr": _AT_LEAST_0}, "base_lr", base_lr)
         advise = gradients is not None and torch.as_tensor(gradients).numel() == 1
-        if advise and sum(p.numel() for p in model.parameters() if p.requires_grad) == 1:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if advise and sum(p.numel() for p in trainable) == 1:
             advise = isinstance(gradients, (int, float))
         if not advise:
             if gradients is not None:
                 self._scatter(model, torch.as_tensor(gradients))
-            elif all(p.grad is None for p in model.parameters()):
+            elif trainable and all(p.grad is None for p in trainable):
                 raise ValueError("no parameter has a gradient; call loss.backward() first")
             self._bind(model)
             norm = self.constrained_opt.gradient_norm()

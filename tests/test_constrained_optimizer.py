@@ -377,6 +377,8 @@ def test_added_clusters_get_a_region_of_their_own():
     a.grad = torch.ones(3)
     opt.step()
     opt.add_param_group({"params": [b, c], "clusters": [0, 2], "initial_radius": 0.2})
+    with pytest.raises(TypeError, match="set"):
+        opt.add_param_group({"params": {nn.Parameter(torch.ones(3))}})
     for p in (a, b, c):
         p.grad = torch.ones(3)
     opt.step()

@@ -176,6 +176,9 @@ def test_wrong_length_of_gradients_is_refused():
 def test_a_forgotten_backward_pass_is_refused():
     with pytest.raises(ValueError, match=r"loss\.backward"):
         HybridOptimizationManager().optimization_step(make_net(), 1.0, None, 0, 0)
+    frozen = make_net().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        HybridOptimizationManager().optimization_step(frozen, 1.0, None, 0, 0)
 
 
 def test_clusters_come_from_the_gradients_that_are_passed():
