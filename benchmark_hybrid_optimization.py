@@ -252,7 +252,7 @@ def quick_look(o: argparse.Namespace, folder: Path, command: Sequence[str]) -> N
         runs, full = bench.run(keys), bench.run(full_keys)
     finally:
         bench.close()
-    summary = {"task": keys[0]["task"], **bench.where, **summarise(runs, o.target)}
+    summary = {"task": keys[0]["task"], **made_of(runs), **summarise(runs, o.target)}
     print("\n".join(format_table(summary)))
     if full:
         rows = summary["quantization"] = quantization_rows(
@@ -271,9 +271,15 @@ def quick_look(o: argparse.Namespace, folder: Path, command: Sequence[str]) -> N
 
 # ---------------------------------------------------------------------------------- command line
 
+#: Studies of what `run_digits` does without: other batches, quantisation, clusters, noise.
+LANGUAGE_ONLY = ("quantization", "batch-size", "ablation", "faults")
+
 
 def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[str]) -> None:
     function, seeds, tasks, methods = STUDIES[name]
+    for task in o.tasks or tasks:
+        if name in LANGUAGE_ONLY and "--digits" in TASKS[task].flags.split():
+            raise UserError(f"--tasks {task}: the study {name} needs a language model")
     bench = Bench(folder, o.jobs, o.device, run_once, METHODS, o.timed_pairs, o.from_log)
     seeds = o.seeds if o.seeds is not None else seeds
     try:

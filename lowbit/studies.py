@@ -7,6 +7,7 @@ their default rates.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -228,7 +229,8 @@ def side_by_side(
 
 def summary_name(baseline: str) -> str:
     """What a baseline is called in the keys of the convergence study's summary."""
-    return baseline.split()[0].lower().replace("-", "_")
+    words = baseline.lower().replace("-", "_").split()
+    return "_".join([words[0], *words[2:]]) if "+" in words else words[0]
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,10 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
     pairs = [(name, m) for name in tasks for m in methods if m in TASKS[name].rates]
     if bench.from_log:  # a baseline that was not run on every task
         pairs = [p for p in pairs if bench.has_run(p[1], TASKS[p[0]].flags)] or pairs
+    for name in tasks:
+        if name not in {task for task, _ in pairs}:
+            where = f" in {bench.log.path}" if bench.from_log else ""
+            raise UserError(f"--tasks {name}: none of {', '.join(methods)} to compare with{where}")
 
     def measure(name: str, baseline: str) -> Comparison:
         task = given(TASKS[name], baseline)
@@ -291,6 +297,9 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
 def lr_sensitivity(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[str]) -> dict:
     """Final loss over base rates from 1/10 to 30 times the default, above the best, in per cent;
     what the network and the region are for shows here."""
+    for name, method in itertools.product(tasks, methods):
+        if METHODS[method][0] != "--hybrid" and method not in TASKS[name].rates:
+            raise UserError(f"--methods {method}: lr-sensitivity has no rate to start from")
     summary: dict[str, Any] = {}
     for name in tasks:
         task = TASKS[name]
@@ -318,10 +327,11 @@ def quantization(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequen
     and number of steps, by AdamW, tuned for every kind of student at that number of steps, or by
     the hybrid with its default settings; and their KL to the teacher."""
     summary: dict[str, Any] = {}
-    for name in tasks:
+    trained = [name for name in tasks if "--qat" in TASKS[name].flags.split()]
+    if not trained:
+        raise UserError(f"--tasks {' '.join(tasks)}: nothing to quantise in training")
+    for name in trained:
         task = replace(TASKS[name], steps=RUN)
-        if "--qat" not in task.flags.split():
-            continue
         full = task.flags.replace("--qat", "--calibrate=false")
         kinds = {
             "full_precision": replace(task, flags=full),

@@ -215,7 +215,7 @@ def plot_study(path: Path, name: str, tasks: dict[str, Any]) -> None:
 
 def made_of(used: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Commits, versions and machines of runs, each what occurs: "a, b"; machines: "a; b"."""
-    names = ("commit", "version", "python", "torch", "numpy", "cpu", "threads", "cuda")
+    names = ("commit", "version", "python", "torch", "numpy", "cpu", "threads", "cuda", "text")
     return {
         name: ("; " if name == "cpu" else ", ").join(
             sorted({str(r[name]) for r in used if r.get(name) is not None})

@@ -224,6 +224,16 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     command = ["--study", "convergence", "--tasks", "toy", "--from_log", "--methods", "AdamW"]
     assert benchmark.main([*command, "--output_dir", str(tmp_path)]) == 2
     assert "no run of AdamW, seed 1000" in capsys.readouterr().err
+    log.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    command[4:4] = ["digits"]
+    assert benchmark.main([*command, "--output_dir", str(tmp_path)]) == 2
+    assert "--tasks digits: none of AdamW to compare with in" in capsys.readouterr().err
+
+
+def test_names_of_baselines_in_a_summary():
+    names = ["AdamW", "AdamW + calibration", "Schedule-Free AdamW", "Muon"]
+    found = [studies.summary_name(x) for x in names]
+    assert found == ["adamw", "adamw_calibration", "schedule_free", "muon"]
 
 
 def test_muon_is_given_half_of_the_steps(law, tmp_path):
@@ -297,6 +307,13 @@ def test_every_fortieth_gradient_is_spoiled():
         ["--study", "magic"],
         ["--task", "--nonsense"],
         ["--methods", "Magic"],
+        ["--study", "faults", "--tasks", "digits"],
+        ["--study", "batch-size", "--tasks", "digits"],
+        ["--study", "ablation", "--tasks", "digits"],
+        ["--study", "quantization", "--tasks", "full_precision"],
+        ["--study", "convergence", "--tasks", "digits", "--methods", "Full hybrid"],
+        ["--study", "convergence", "--tasks", "scratch", "--from_log"],
+        ["--study", "lr-sensitivity", "--methods", "Baseline SGD"],
     ],
 )
 def test_bad_input(flags, tmp_path, capsys):

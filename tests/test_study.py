@@ -68,11 +68,30 @@ def test_steps_ratio_is_the_strict_rule():
     assert found["ci95"] == [0.5, 0.5]
     missed = steps_ratio({100: [1.1, 1.1]}, [1.0, 1.0], 400)
     assert missed["value"] == math.inf
+    one = steps_ratio({100: [0.9]}, [1.0], 400)
+    assert one["value"] == 0.25
+    assert all(map(math.isnan, one["ci95"] + one["paired_t95"]))
+
+
+def test_steps_ratio_by_paired_t_intervals():
+    """Differences of mean -0.1 and standard deviation 0.1 in three seeds: +- 0.248."""
+    spread = np.array([-0.1, 0.0, 0.1])
+    losses = {h: (1 + mean + spread).tolist() for h, mean in ((100, 0.3), (200, -0.1), (300, -0.3))}
+    found = steps_ratio(losses, [1.0, 1.0, 1.0], 400)
+    assert found["paired_t95"] == [0.5, 0.75]
+    assert steps_ratio({100: losses[100]}, [1.0, 1.0, 1.0], 400)["paired_t95"] == [math.inf] * 2
 
 
 def test_gap_reduction():
     found = gap_reduction([1.3, 1.3], [1.1, 1.1], [1.0, 1.0])
     assert found["value"] == pytest.approx(2 / 3)
+
+
+def test_log_tells_timed_runs_from_results(tmp_path):
+    log = RunLog(tmp_path / "runs.jsonl")
+    log.append({"method": "a", "purpose": "timing"})
+    assert log.find({"method": "a"}) is None
+    assert log.find({"method": "a", "purpose": "timing"}) is not None
 
 
 def test_log_finds_runs_and_survives_a_killed_writer(tmp_path):
