@@ -70,7 +70,13 @@ TASKS: dict[str, Task] = {
     "conversion": Task(
         "--ternary --qat --student_init teacher",
         400,
-        {"AdamW": 1e-3, "Muon": 2e-3, "Schedule-Free AdamW": 1e-3, "Prodigy": 1.0},
+        {
+            "AdamW": 1e-3,
+            "AdamW + calibration": 1e-3,
+            "Muon": 2e-3,
+            "Schedule-Free AdamW": 1e-3,
+            "Prodigy": 1.0,
+        },
         expected=0.6,
     ),
     "scratch": Task("--ternary --qat --student_init random", 800, FROM_SCRATCH),
