@@ -110,8 +110,10 @@ _DECAY = (_number(0, 0.9999), "a number in [0, 0.9999]")
 _RADIUS = (_number(0, 1, open_low=True), "a fraction of the weights' norm in (0, 1]")
 _KINDS = ("embedding", "head", "matrix", "vector")
 
-#: For each field of the configuration: a test and what it expects, in words.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+#: A test of a value and what it expects, in words.
+_Rule = tuple[Callable[[Any], bool], str]
+#: For each field of the configuration.
+_RULES: dict[str, _Rule] = {
     "use_quantization": _BOOLEAN,
     "quantizer_scale": _POSITIVE,
     "target_bits": (_one_of(1, 1.58), "1 or 1.58 bits a weight"),
@@ -141,8 +143,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "clustering_warmup_steps": (_integer(0), "an integer of at least 0"),
     "seed": (_integer(0, 2**32 - 1), "an integer from 0 to 4294967295"),
 }
-#: The same for the options of a group of `ConstrainedOptimizer`'s parameters.
-_GROUP_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+#: For the options of a group of `ConstrainedOptimizer`'s parameters.
+_GROUP_RULES: dict[str, _Rule] = {
     "lr": _AT_LEAST_0,
     "momentum": _DECAY,
     "metric_decay": _DECAY,
@@ -165,8 +167,7 @@ _GROUP_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _check(rules: Mapping[str, tuple[Callable[[Any], bool], str]], name: str, value: Any) -> None:
-    rule = rules.get(name)
+def _check(name: str, value: Any, rule: _Rule | None) -> None:
     if rule is not None and not rule[0](value):
         raise ValueError(f"{name} must be {rule[1]}, not {value!r}")
 
@@ -212,7 +213,7 @@ class HybridTrainingConfig:
     seed: int = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
-        _check(_RULES, name, value)
+        _check(name, value, _RULES.get(name))
         object.__setattr__(self, name, value)
 
 
@@ -284,9 +285,8 @@ class AuxiliaryNeuralNetwork(nn.Module):
         self.register_buffer("feature_square", torch.zeros(input_size, **plain))
         self.register_buffer("feature_count", torch.zeros((), **plain))
         # Normal equations of improvement ~ 1, m, m^2, forgotten at 0.98 a call.
-        plain["dtype"] = torch.float64
-        self.register_buffer("fit_a", torch.zeros(3, 3, **plain))
-        self.register_buffer("fit_b", torch.zeros(3, **plain))
+        self.register_buffer("fit_a", torch.zeros(3, 3, dtype=torch.float64, device="cpu"))
+        self.register_buffer("fit_b", torch.zeros(3, dtype=torch.float64, device="cpu"))
         self.radius_center = 0.01
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
         self._last: Tensor | None = None  # features of the newest prediction, (1, 6)
@@ -424,8 +424,7 @@ class KMeansClustering:
         """X: (n_samples, n_features), array or tensor. Raises ValueError if empty, not finite."""
         from sklearn.cluster import KMeans
 
-        if not _integer(1)(self.n_clusters):
-            raise ValueError(f"n_clusters must be an integer of at least 1, not {self.n_clusters}")
+        _check("n_clusters", self.n_clusters, _COUNT)
         X = _as_matrix(X)
         distinct = len(np.unique(X, axis=0)) if len(X) <= 4 * self.n_clusters else self.n_clusters
         k = min(self.n_clusters, len(X), distinct)
@@ -811,9 +810,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             kind=None,
             clusters=None,
         )
-        _check({"lr": _POSITIVE}, "lr", lr)
+        _check("lr", lr, _POSITIVE)
         for name, value in defaults.items():
-            _check(_GROUP_RULES, name, value)
+            _check(name, value, _GROUP_RULES.get(name))
         if isinstance(params, nn.Module):
             groups: dict[str, list[Tensor]] = {}
             for _, p, kind in named_kinds(params):
@@ -831,7 +830,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         """As torch's. Clusters that no other group has get a region of their own."""
         group = dict(param_group)
         for name, value in group.items():
-            _check(_GROUP_RULES, name, value)
+            _check(name, value, _GROUP_RULES.get(name))
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
             params = group["params"] = list(params)
@@ -894,16 +893,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             return torch.zeros(())
         _require_dense(grads)
         # In float16 a norm above 65504 would be infinite.
-        half = torch.float16, torch.bfloat16
-        norms = [
-            norm
-            for part, dtype in (
-                ([g for g in grads if g.dtype not in half], None),
-                ([g for g in grads if g.dtype in half], torch.float32),
-            )
-            if part
-            for norm in torch._foreach_norm(part, 2, dtype)
-        ]
+        half = [g for g in grads if g.dtype in (torch.float16, torch.bfloat16)]
+        others = [g for g in grads if g.dtype not in (torch.float16, torch.bfloat16)]
+        norms = [*torch._foreach_norm(others)] if others else []
+        if half:
+            norms += torch._foreach_norm(half, 2, torch.float32)
         return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
 
     def slope(self) -> Tensor:
@@ -1475,7 +1469,7 @@ class HybridOptimizationManager:
         """
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         if base_lr is not None:
-            _check({"base_lr": _AT_LEAST_0}, "base_lr", base_lr)
+            _check("base_lr", base_lr, _AT_LEAST_0)
         advise = gradients is not None and torch.as_tensor(gradients).numel() == 1
         trainable = [p for p in model.parameters() if p.requires_grad]
         if advise and sum(p.numel() for p in trainable) == 1:

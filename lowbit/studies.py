@@ -225,8 +225,13 @@ def side_by_side(
     steps."""
     tuned, plain = (baseline, task.flags, flags), ("Full hybrid", task.flags, ())
     theirs, ours = bench.take_turns([(tuned, task.steps), (plain, steps)], pairs)
-    if not theirs:  # a log without timed runs
-        return {}
+    return time_ratios(theirs, ours) if theirs else {}  # a log without timed runs
+
+
+def time_ratios(
+    theirs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Of runs that took turns: seconds of the whole run and of a median step, ours over theirs."""
     return {
         f"{name}_ratio": ratio([r[column] for r in ours], [r[column] for r in theirs])
         for name, column in (("seconds", "seconds"), ("step_time", "step_seconds"))
@@ -259,7 +264,7 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
     if bench.from_log:  # a baseline that was not run on every task
         pairs = [p for p in pairs if bench.has_run(p[1], TASKS[p[0]].flags)] or pairs
     for name in tasks:
-        if name not in {task for task, _ in pairs}:
+        if name not in dict(pairs):
             where = f" in {bench.log.path}" if bench.from_log else ""
             raise UserError(f"--tasks {name}: none of {', '.join(methods)} to compare with{where}")
 
@@ -268,8 +273,8 @@ def convergence(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequenc
         best, table = tune(bench, baseline, task)
         keys = [bench.key(baseline, task.flags, task.steps, s, best) for s in range(seeds)]
         if bench.from_log:  # another comparison may have more seeds
-            there = next((s for s, key in enumerate(keys) if bench.missing([key])), seeds)
-            keys = keys[: there or 1]
+            there = itertools.takewhile(lambda key: not bench.missing([key]), keys)
+            keys = list(there) or keys[:1]
         reference = bench.run(keys)
         losses = [r["final_loss"] for r in reference]
         return Comparison(task, best, table, reference, bracket(bench, task, len(keys), losses))
@@ -391,12 +396,10 @@ def overhead(bench: Bench, seeds: int, tasks: Sequence[str], methods: Sequence[s
         if not runs[0]:
             raise UserError(f"{bench.log.path} has no pair of runs that took turns on {name}")
         adamw, hybrid = ([r["step_seconds"] for r in side] for side in runs)
-        wholes = ([r["seconds"] for r in side] for side in reversed(runs))
         summary[name] = {
             "adamw_step_seconds": mean_interval(adamw),
             "hybrid_step_seconds": mean_interval(hybrid),
-            "step_time_ratio": ratio(hybrid, adamw),
-            "seconds_ratio": ratio(*wholes),
+            **time_ratios(*runs),
         }
     return {"tasks": summary, "seeds": seeds}
 

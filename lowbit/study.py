@@ -391,10 +391,10 @@ def estimate(statistic: Callable[[np.ndarray], float], n: int) -> dict[str, Any]
     A statistic may be infinite (a target that was not reached); the interval then is, too. Of one
     seed it is nan.
     """
-    if n < 2:
-        return {"value": float(statistic(np.arange(n))), "ci95": [math.nan, math.nan], "n": n}
-    drawn = np.sort([statistic(index) for index in resamples(n)])
-    low, high = (float(drawn[round(q * (len(drawn) - 1))]) for q in (0.025, 0.975))
+    low = high = math.nan
+    if n > 1:
+        drawn = np.sort([statistic(index) for index in resamples(n)])
+        low, high = (float(drawn[round(q * (len(drawn) - 1))]) for q in (0.025, 0.975))
     return {"value": float(statistic(np.arange(n))), "ci95": [low, high], "n": n}
 
 
@@ -432,13 +432,16 @@ def steps_ratio(
     found = estimate(
         lambda i: smallest_horizon(losses, float(base[i].mean()), i) / horizon, len(base)
     )
-    ends = [math.inf, math.inf]
-    for steps in sorted(losses, reverse=True):
-        mean, half = mean_interval(np.asarray(losses[steps], float) - base)
-        for i, bound in enumerate((mean - half, mean + half)):
-            if bound <= 0:
-                ends[i] = steps / horizon
-    return {**found, "paired_t95": ends if len(base) > 1 else [math.nan, math.nan]}
+    if len(base) < 2:
+        return {**found, "paired_t95": [math.nan, math.nan]}
+    behind = {h: mean_interval(np.asarray(losses[h], float) - base) for h in sorted(losses)}
+    ends = [
+        next(
+            (h / horizon for h, (mean, half) in behind.items() if mean + sign * half <= 0), math.inf
+        )
+        for sign in (-1, 1)
+    ]
+    return {**found, "paired_t95": ends}
 
 
 def gap_reduction(
