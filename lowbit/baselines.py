@@ -71,7 +71,7 @@ def make_optimizers(o: argparse.Namespace, model: nn.Module) -> list[torch.optim
         muon = OwnPrecisionMuon if emulated else torch.optim.Muon
         return [
             muon(matrices, o.lr, momentum=o.momentum, adjust_lr_fn="match_rms_adamw", **decay),
-            torch.optim.AdamW(rest, o.lr, betas=(0.9, 0.95), **decay),
+            torch.optim.AdamW(rest, o.lr, betas=(o.adamw_momentum, 0.95), **decay),
         ]
     try:
         if o.method == "schedulefree":  # its own warm-up would be a second one

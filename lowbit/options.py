@@ -196,6 +196,12 @@ def make_parser() -> Parser:
         + _by_start("momentum"),
     )
     g.add_argument(
+        "--adamw_momentum",
+        type=_number(float, 0, 0.9999),
+        metavar="BETA",
+        help="first beta of AdamW where it steps what muon does not (default 0.9)",
+    )
+    g.add_argument(
         "--max_grad_norm",
         type=positive,
         metavar="G",
@@ -323,6 +329,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         )
 
     o.method = "hybrid" if o.hybrid else o.optimizer or "adamw"
+    if o.adamw_momentum is None:
+        o.adamw_momentum = 0.9
+    elif o.method != "muon":
+        raise UserError("--adamw_momentum needs --optimizer muon")
     if o.lr_schedule is None:
         o.lr_schedule = "constant" if o.method == "schedulefree" else "linear"
     o.mode = "ternary" if o.ternary else "1bit"

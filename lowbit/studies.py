@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ METHODS: dict[str, list[str]] = {
     "AdamW + quantization warm-up": ["--optimizer", "adamw", "--quant_warmup", "0.8"],
     "AdamW + gradient clipping": ["--optimizer", "adamw", "--max_grad_norm", "1"],
     "Muon": ["--optimizer", "muon"],
+    "Muon + quantization warm-up": ["--optimizer", "muon", "--quant_warmup", "0.8"],
     "Schedule-Free AdamW": ["--optimizer", "schedulefree"],
     "Prodigy": ["--optimizer", "prodigy"],
     "Full hybrid": ["--hybrid"],
@@ -62,6 +63,7 @@ class Task:
 
 
 FROM_SCRATCH = {"AdamW": 4e-3, "Muon": 1e-2, "Schedule-Free AdamW": 4e-3, "Prodigy": 1.0}
+TERNARY = FROM_SCRATCH | {f"{m} + quantization warm-up": FROM_SCRATCH[m] for m in ("AdamW", "Muon")}
 #: {stdlib} stands for the folder of the standard library's source code.
 SOURCE_CODE = " ".join(
     "{stdlib}/" + name for name in ("asyncio", "email", "http", "importlib", "json", "unittest")
@@ -79,23 +81,21 @@ TASKS: dict[str, Task] = {
         },
         expected=0.6,
     ),
-    "scratch": Task("--ternary --qat --student_init random", 800, FROM_SCRATCH),
+    "scratch": Task("--ternary --qat --student_init random", 800, TERNARY),
     "scratch_small": Task(
-        "--ternary --qat --student_init random --student_size small", 800, FROM_SCRATCH
+        "--ternary --qat --student_init random --student_size small", 800, TERNARY
     ),
     "full_precision": Task("--ternary --calibrate=false --student_init random", 800, FROM_SCRATCH),
-    "heldout": Task(
-        f"--ternary --qat --student_init random --data {SOURCE_CODE}", 800, FROM_SCRATCH
-    ),
+    "heldout": Task(f"--ternary --qat --student_init random --data {SOURCE_CODE}", 800, TERNARY),
     "digits": Task("--digits", 192, FROM_SCRATCH, expected=1.0),
 }
 #: Baselines that are given fewer steps, a share of the task's: they reach AdamW's loss earlier.
-SHORTER = {"Muon": 0.5}
+SHORTER = {"Muon": 0.5, "Muon + quantization warm-up": 0.5}
 #: What tuning tries beside rates: a flag and its values, the first while it looks for the rate.
 SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.95", "0.98"))}
 SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
 DECAYS = (0.01, 0.1, 0.3, 1.0)  # then, while it helps
-#: Last, each way while it helps, from distillation.py's default (0.9, Muon's 0.95). Schedule-Free's
+#: Then, each way while it helps, from distillation.py's default (0.9, Muon's 0.95). Schedule-Free's
 #: is a shape.
 MOMENTA = ((0.8, 0.6, 0.4, 0.2), (0.95, 0.98))
 OTHER_MOMENTA = {"Muon": ((0.9, 0.8, 0.6, 0.4), (0.98,)), "Schedule-Free AdamW": ()}
@@ -113,59 +113,64 @@ def given(task: Task, baseline: str) -> Task:
 def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
     """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
     is interior, the other schedules at that rate (of Schedule-Free, which has none, other
-    momenta), then more weight decay and another momentum while they help. One seed, which no
-    result uses. From a log: as far as its decays and momenta go."""
+    momenta), then one thing after the other while it helps: more weight decay, another momentum,
+    another one of what Muon leaves to AdamW, and the other schedules and the neighbouring rates
+    again. One seed, which no result uses. From a log: as far as its runs of these go."""
     table: list[dict[str, Any]] = []
-    name, (first, *others) = SHAPES.get(method, SCHEDULES)
+    kind = method.split(" + ")[0]
+    name, (first, *others) = SHAPES.get(kind, SCHEDULES)
 
-    def flags(rate: float, shape: str, decay: float, momentum: float | None = None) -> list[str]:
-        words = ["--lr", f"{rate:g}", f"--{name}", shape]
-        if decay != DECAYS[0]:  # the weakest is distillation.py's default
-            words += ["--weight_decay", f"{decay:g}"]
-        return words if momentum is None else [*words, "--momentum", f"{momentum:g}"]
+    def flags(trial: dict[str, Any]) -> list[str]:
+        given = {k: v for k, v in trial.items() if (k, v) != ("weight_decay", DECAYS[0])}
+        return [word for k, v in given.items() for word in (f"--{k}", v if k == name else f"{v:g}")]
 
-    def key(trial: tuple) -> dict[str, Any]:
-        return bench.key(method, task.flags, task.steps, TUNING_SEED, flags(*trial))
+    def key(trial: dict[str, Any]) -> dict[str, Any]:
+        return bench.key(method, task.flags, task.steps, TUNING_SEED, flags(trial))
 
-    def losses(trials: Sequence[tuple]) -> list[float]:
+    def losses(trials: Sequence[dict[str, Any]]) -> list[float]:
         found = [r["final_loss"] for r in bench.run(map(key, trials))]
-        for (rate, shape, decay, *momentum), loss in zip(trials, found, strict=True):
-            row = {"lr": rate, name: shape, "weight_decay": decay, "loss": loss}
-            table.append({**row, "momentum": momentum[0]} if momentum else row)
+        table.extend({**t, "loss": loss} for t, loss in zip(trials, found, strict=True))
         return found
 
-    def climb(
-        now: Any, lowest: float, values: Sequence[float], trial: Callable[[float], tuple]
-    ) -> tuple[Any, float]:
-        """(the last of the values that helped, else the present one, and the lowest loss)."""
-        for value in values:
-            if bench.from_log and bench.missing([key(trial(value))]):
-                break
-            (loss,) = losses([trial(value)])
-            if loss >= lowest:
-                break
-            now, lowest = value, loss
-        return now, lowest
-
-    decay, *stronger = DECAYS
-    momentum = None
     start = task.rates[method]
+    plain = {"lr": start, name: first, "weight_decay": DECAYS[0]}
     rates = [start / 2, start, start * 2]
-    found = dict(zip(rates, losses([(r, first, decay) for r in rates]), strict=True))
-    while (best := min(found, key=found.__getitem__)) in (min(found), max(found)):
+    found = dict(zip(rates, losses([{**plain, "lr": r} for r in rates]), strict=True))
+    while (rate := min(found, key=found.__getitem__)) in (min(found), max(found)):
         if len(found) > 7:
             break
-        further = best / 2 if best == min(found) else best * 2
-        (found[further],) = losses([(further, first, decay)])
-    shapes = dict(zip(others, losses([(best, x, decay) for x in others]), strict=True))
-    shapes = {first: found[best], **shapes}
-    shape = min(shapes, key=shapes.__getitem__)
-    lowest = shapes[shape]
-    decay, lowest = climb(decay, lowest, stronger, lambda d: (best, shape, d))
-    for way in OTHER_MOMENTA.get(method, MOMENTA):
-        if momentum is None:
-            momentum, lowest = climb(momentum, lowest, way, lambda m: (best, shape, decay, m))
-    return flags(best, shape, decay, momentum), table
+        further = rate / 2 if rate == min(found) else rate * 2
+        (found[further],) = losses([{**plain, "lr": further}])
+    best: dict[str, Any] = {**plain, "lr": rate}
+    lowest = found[rate]
+    shapes = [{**best, name: x} for x in others]
+    for trial, loss in zip(shapes, losses(shapes), strict=True):
+        if loss < lowest:
+            best, lowest = trial, loss
+
+    def climb(what: str, values: Sequence[float | str]) -> bool:
+        """Whether any of the values helped; the last that did is kept."""
+        nonlocal best, lowest
+        before = lowest
+        for value in values:
+            trial = {**best, what: value}
+            if bench.from_log and bench.missing([key(trial)]):
+                break
+            (loss,) = losses([trial])
+            if loss >= lowest:
+                break
+            best, lowest = trial, loss
+        return lowest < before
+
+    climb("weight_decay", DECAYS[1:])
+    any(climb("momentum", way) for way in OTHER_MOMENTA.get(kind, MOMENTA))
+    if kind == "Muon":
+        any(climb("adamw_momentum", way) for way in MOMENTA)
+    for shape in [x for x in (first, *others) if x != best[name]]:
+        climb(name, [shape])
+    peak = best["lr"]
+    any(climb("lr", [peak * factor**n for n in range(1, 5)]) for factor in (0.5, 2.0))
+    return flags(best), table
 
 
 # ------------------------------------------------------------------------------------- studies

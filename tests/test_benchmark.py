@@ -11,6 +11,7 @@ import torch
 import benchmark_hybrid_optimization as benchmark
 from lowbit import studies, tables
 from lowbit import study as study_tools
+from lowbit.options import parse_options
 from lowbit.study import Bench
 
 
@@ -177,8 +178,10 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     tuning = entry["tuning"]["AdamW"]
     best = ["--lr", "2", "--lr_schedule", "cosine", "--weight_decay", "0.1", "--momentum", "0.8"]
     assert tuning["chosen"] == best
-    assert [r["weight_decay"] for r in tuning["table"]][-4:-2] == [0.1, 0.3]
-    assert [r["momentum"] for r in tuning["table"][-2:]] == [0.8, 0.6]
+    assert [r["weight_decay"] for r in tuning["table"]][-8:-6] == [0.1, 0.3]
+    assert [r["momentum"] for r in tuning["table"][-6:-4]] == [0.8, 0.6]
+    assert [r["lr_schedule"] for r in tuning["table"][-4:-2]] == ["linear", "wsd"]
+    assert [r["lr"] for r in tuning["table"][-2:]] == [1, 4]  # once more, at what was chosen
     rates = [r["lr"] for r in tuning["table"] if r["lr_schedule"] == "linear"]
     assert min(rates) < 2 < max(rates)
     assert entry["steps_ratio_vs_adamw"]["value"] == 0.5
@@ -194,7 +197,7 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert seconds == [
         x for seed in range(3) for x in (("AdamW", seed, 32.0), ("Full hybrid", seed, 16.0))
     ]
-    assert all(s == studies.TUNING_SEED for m, _, s, f in law if m == "AdamW" and "4" in f)
+    assert {s for m, _, s, f in law if m == "AdamW" and "4" in f} == {studies.TUNING_SEED}
     folder = tmp_path / "convergence"
     assert {p.name for p in folder.iterdir()} == STUDY_FILES
     readme = (folder / "README.md").read_text()
@@ -230,10 +233,42 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert "--tasks digits: none of AdamW to compare with in" in capsys.readouterr().err
 
 
+def test_rates_are_tried_again_and_what_muon_leaves_to_adamw_has_a_momentum(tmp_path):
+    """Runs by a law whose best rate is 1 at the default momenta and 4 at the best."""
+
+    def run_once(method, flags, common, seed):
+        momentum, rest = (option(flags, f"--{x}momentum", "0.95") for x in ("", "adamw_"))
+        far = abs(float(momentum) - 0.8) + abs(float(rest) - 0.6)
+        rate = 4 if far < 0.3 else 1
+        return {"final_loss": far + 0.01 * abs(math.log2(float(option(flags, "--lr")) / rate))}
+
+    task = studies.Task("--ternary --qat", 160, {"Muon + quantization warm-up": 1.0})
+    bench = Bench(tmp_path, 1, "cpu", run_once, studies.METHODS)
+    best, table = studies.tune(bench, "Muon + quantization warm-up", task)
+    chosen = {name: option(best, f"--{name}") for name in ("lr", "momentum", "adamw_momentum")}
+    assert chosen == {"lr": "4", "momentum": "0.8", "adamw_momentum": "0.6"}
+    assert table[0]["lr"] == 0.5
+    assert [r["lr"] for r in table[-4:]] == [0.5, 2, 4, 8]
+    assert all(
+        r["flags"][:4] == ["--optimizer", "muon", "--quant_warmup", "0.8"] for r in bench.log.runs
+    )
+
+
 def test_names_of_baselines_in_a_summary():
     names = ["AdamW", "AdamW + calibration", "Schedule-Free AdamW", "Muon"]
     found = [studies.summary_name(x) for x in names]
     assert found == ["adamw", "adamw_calibration", "schedule_free", "muon"]
+    assert studies.summary_name("Muon + quantization warm-up") == "muon_quantization_warm_up"
+
+
+def test_every_rival_of_a_task_can_run():
+    """Its method is there, and its flags are none that the task's contradict."""
+    for task in studies.TASKS.values():
+        words = [w for w in task.flags.split() if w != "--digits"]
+        for method in task.rates:
+            flags = [f for f in studies.METHODS[method] if f != "--cluster_batches"]
+            o = parse_options([*words, *flags])
+            assert o.quant_warmup is None or (o.qat and task.flags.count("random"))
 
 
 def test_muon_is_given_half_of_the_steps(law, tmp_path):

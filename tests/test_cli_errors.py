@@ -65,7 +65,7 @@ BAD_NUMBERS = {
        ("lr", "temperature", "initial_trust_radius", "max_grad_norm")},
     **{f: ["-1", "-1e-9"] for f in ("weight_decay", "hidden_weight")},
     "alpha": ["-0.1", "1.1"],
-    "momentum": ["-0.1", "1", "1.1"],
+    **{f: ["-0.1", "1", "1.1"] for f in ("momentum", "adamw_momentum")},
 }  # fmt: skip
 NUMBERS = [(f, v) for f, values in BAD_NUMBERS.items() for v in [*values, *BAD_WORDS]]
 
@@ -122,6 +122,7 @@ def test_unknown_flags_and_choices(fails: Fails, flags: list[str], message: str)
           if n.endswith(("clusters", "radius"))),
         (["--use_clustering=false"], "--use_clustering needs --hybrid"),
         (["--hybrid", "--optimizer", "muon"], "--optimizer muon contradicts --hybrid"),
+        (["--adamw_momentum=0.9"], "--adamw_momentum needs --optimizer muon"),
         (["--learnable_scale"], "--learnable_scale needs --qat"),
         (["--quant_warmup=0.5"], "--quant_warmup needs --qat"),
         (["--hybrid", "--use_clustering=0", "--data_clusters=4"],

@@ -254,6 +254,7 @@ def test_baselines_train(run, name):
 @pytest.mark.parametrize("name", ["hybrid", "adamw", "sgd", "muon", "schedulefree", "prodigy"])
 def test_momentum_and_rate_reach_every_optimizer(text_file, tiny_teacher, name):
     words = ["--momentum", "0.5", "--lr", "0.0123", "--device", "cpu", *SMALL]
+    words += ["--adamw_momentum", "0.7"] if name == "muon" else []
     words += ["--data", str(text_file), "--teacher", str(tiny_teacher)]
     words += ["--hybrid"] if name == "hybrid" else ["--optimizer", name]
     setup = distillation.set_up(parse_options(words))
@@ -265,6 +266,8 @@ def test_momentum_and_rate_reach_every_optimizer(text_file, tiny_teacher, name):
     group = baseline.optimizers[0].param_groups[0]
     assert (group["betas"][0] if "betas" in group else group["momentum"]) == 0.5
     assert group["d_coef" if name == "prodigy" else "lr"] == 0.0123
+    if name == "muon":
+        assert baseline.optimizers[1].param_groups[0]["betas"] == (0.7, 0.95)
 
 
 def test_schedule_free_has_no_schedule_unless_asked():
