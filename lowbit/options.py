@@ -33,6 +33,7 @@ BY_START: dict[str, dict[str, tuple[Any, Any]]] = {
 }
 WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
 STEPS_PER_EPOCH = 16
+ADAMW_MOMENTUM = 0.9  # of what muon leaves to AdamW
 
 
 class Parser(argparse.ArgumentParser):
@@ -199,7 +200,7 @@ def make_parser() -> Parser:
         "--adamw_momentum",
         type=_number(float, 0, 0.9999),
         metavar="BETA",
-        help="first beta of AdamW where it steps what muon does not (default 0.9)",
+        help=f"first beta of AdamW where it steps what muon does not (default {ADAMW_MOMENTUM})",
     )
     g.add_argument(
         "--max_grad_norm",
@@ -330,7 +331,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
     o.method = "hybrid" if o.hybrid else o.optimizer or "adamw"
     if o.adamw_momentum is None:
-        o.adamw_momentum = 0.9
+        o.adamw_momentum = ADAMW_MOMENTUM
     elif o.method != "muon":
         raise UserError("--adamw_momentum needs --optimizer muon")
     if o.lr_schedule is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lowbit import UserError
-from lowbit.options import STEPS_PER_EPOCH, default
+from lowbit.options import ADAMW_MOMENTUM, STEPS_PER_EPOCH, default
 from lowbit.study import Bench, gap_reduction, mean_interval, ratio, smallest_horizon, steps_ratio
 
 TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
@@ -94,11 +94,8 @@ SHORTER = {"Muon": 0.5, "Muon + quantization warm-up": 0.5}
 #: What tuning tries beside rates: a flag and its values, the first while it looks for the rate.
 SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.95", "0.98"))}
 SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
-DECAYS = (0.01, 0.1, 0.3, 1.0)  # then, while it helps
-#: Then, each way while it helps, from distillation.py's default (0.9, Muon's 0.95). Schedule-Free's
-#: is a shape.
-MOMENTA = ((0.8, 0.6, 0.4, 0.2), (0.95, 0.98))
-OTHER_MOMENTA = {"Muon": ((0.9, 0.8, 0.6, 0.4), (0.98,)), "Schedule-Free AdamW": ()}
+DECAYS = (0.01, 0.1, 0.3, 1.0)  # from distillation.py's default
+MOMENTA = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 
 
@@ -113,10 +110,10 @@ def given(task: Task, baseline: str) -> Task:
 def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
     """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
     is interior, the other schedules at that rate (of Schedule-Free, which has none, other
-    momenta), then one thing after the other while it helps: more weight decay, another momentum,
-    another one of what Muon leaves to AdamW, and the other schedules and the neighbouring rates
-    again. One seed, which no result uses. From a log: as far as its runs of these go."""
-    table: list[dict[str, Any]] = []
+    momenta), then, in rounds, while it helps: weight decay, momentum, that of what Muon leaves to
+    AdamW, schedule, rate, one step of its scale after the other. One seed, which no result uses.
+    From a log: as far as its runs of these rounds go."""
+    tried: dict[str, tuple[dict[str, Any], float]] = {}
     kind = method.split(" + ")[0]
     name, (first, *others) = SHAPES.get(kind, SCHEDULES)
 
@@ -129,7 +126,7 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
 
     def losses(trials: Sequence[dict[str, Any]]) -> list[float]:
         found = [r["final_loss"] for r in bench.run(map(key, trials))]
-        table.extend({**t, "loss": loss} for t, loss in zip(trials, found, strict=True))
+        tried.update((str(t), (t, loss)) for t, loss in zip(trials, found, strict=True))
         return found
 
     start = task.rates[method]
@@ -148,7 +145,7 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
         if loss < lowest:
             best, lowest = trial, loss
 
-    def climb(what: str, values: Sequence[float | str]) -> bool:
+    def climb(what: str, values: Iterable[float | str]) -> bool:
         """Whether any of the values helped; the last that did is kept."""
         nonlocal best, lowest
         before = lowest
@@ -162,15 +159,25 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
             best, lowest = trial, loss
         return lowest < before
 
-    climb("weight_decay", DECAYS[1:])
-    any(climb("momentum", way) for way in OTHER_MOMENTA.get(kind, MOMENTA))
-    if kind == "Muon":
-        any(climb("adamw_momentum", way) for way in MOMENTA)
-    for shape in [x for x in (first, *others) if x != best[name]]:
-        climb(name, [shape])
-    peak = best["lr"]
-    any(climb("lr", [peak * factor**n for n in range(1, 5)]) for factor in (0.5, 2.0))
-    return flags(best), table
+    def climb_scale(what: str, scale: Sequence[float], usual: float) -> None:
+        """Down, or else up, the scale."""
+        at = scale.index(best.get(what, usual))
+        climb(what, scale[:at][::-1]) or climb(what, scale[at + 1 :])
+
+    before = math.inf
+    while lowest < before:
+        before = lowest
+        climb_scale("weight_decay", DECAYS, DECAYS[0])
+        if name != "momentum":
+            climb_scale("momentum", MOMENTA, default("momentum", kind.lower(), "random"))
+        if kind == "Muon":
+            climb_scale("adamw_momentum", MOMENTA, ADAMW_MOMENTUM)
+        for shape in [x for x in (first, *others) if x != best[name]]:
+            climb(name, [shape])
+        peak = best["lr"]
+        for factor in (0.5, 2.0):
+            climb("lr", [peak * factor**n for n in range(1, 5)])
+    return flags(best), [{**trial, "loss": loss} for trial, loss in tried.values()]
 
 
 # ------------------------------------------------------------------------------------- studies
