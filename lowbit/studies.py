@@ -89,19 +89,24 @@ TASKS: dict[str, Task] = {
     "heldout": Task(f"--ternary --qat --student_init random --data {SOURCE_CODE}", 800, TERNARY),
     "digits": Task("--digits", 192, FROM_SCRATCH, expected=1.0),
 }
-#: Baselines that are given fewer steps, a share of the task's: they reach AdamW's loss earlier.
-SHORTER = {"Muon": 0.5, "Muon + quantization warm-up": 0.5}
+#: Optimisers that are given fewer steps, a share of the task's: they reach AdamW's loss earlier.
+SHORTER = {"muon": 0.5}
 #: What tuning tries beside rates: a flag and its values, the first while it looks for the rate.
-SHAPES = {"Schedule-Free AdamW": ("momentum", ("0.9", "0.95", "0.98"))}
+SHAPES = {"schedulefree": ("momentum", ("0.9", "0.95", "0.98"))}
 SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
 DECAYS = (0.01, 0.1, 0.3, 1.0)  # from distillation.py's default
 MOMENTA = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
 
 
+def optimizer_of(baseline: str) -> str:
+    """What its method gives to --optimizer."""
+    return METHODS[baseline][METHODS[baseline].index("--optimizer") + 1]
+
+
 def given(task: Task, baseline: str) -> Task:
     """The task as this baseline runs it."""
-    return replace(task, steps=round(task.steps * SHORTER.get(baseline, 1.0)))
+    return replace(task, steps=round(task.steps * SHORTER.get(optimizer_of(baseline), 1.0)))
 
 
 # ------------------------------------------------------------------------------------- tuning
@@ -113,9 +118,9 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
     momenta), then, in rounds, while it helps: weight decay, momentum, that of what Muon leaves to
     AdamW, schedule, rate, one step of its scale after the other. One seed, which no result uses.
     From a log: as far as its runs of these rounds go."""
-    tried: dict[str, tuple[dict[str, Any], float]] = {}
-    kind = method.split(" + ")[0]
-    name, (first, *others) = SHAPES.get(kind, SCHEDULES)
+    table: dict[str, dict[str, Any]] = {}  # a row a trial, under its flags
+    optimizer = optimizer_of(method)
+    name, (first, *others) = SHAPES.get(optimizer, SCHEDULES)
 
     def flags(trial: dict[str, Any]) -> list[str]:
         given = {k: v for k, v in trial.items() if (k, v) != ("weight_decay", DECAYS[0])}
@@ -126,7 +131,8 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
 
     def losses(trials: Sequence[dict[str, Any]]) -> list[float]:
         found = [r["final_loss"] for r in bench.run(map(key, trials))]
-        tried.update((str(t), (t, loss)) for t, loss in zip(trials, found, strict=True))
+        for trial, loss in zip(trials, found, strict=True):
+            table[str(flags(trial))] = {**trial, "loss": loss}
         return found
 
     start = task.rates[method]
@@ -169,15 +175,15 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
         before = lowest
         climb_scale("weight_decay", DECAYS, DECAYS[0])
         if name != "momentum":
-            climb_scale("momentum", MOMENTA, default("momentum", kind.lower(), "random"))
-        if kind == "Muon":
+            climb_scale("momentum", MOMENTA, default("momentum", optimizer, "random"))
+        if optimizer == "muon":
             climb_scale("adamw_momentum", MOMENTA, ADAMW_MOMENTUM)
         for shape in [x for x in (first, *others) if x != best[name]]:
             climb(name, [shape])
         peak = best["lr"]
         for factor in (0.5, 2.0):
             climb("lr", [peak * factor**n for n in range(1, 5)])
-    return flags(best), [{**trial, "loss": loss} for trial, loss in tried.values()]
+    return flags(best), list(table.values())
 
 
 # ------------------------------------------------------------------------------------- studies

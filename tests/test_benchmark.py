@@ -272,8 +272,7 @@ def test_every_rival_of_a_task_can_run():
     for task in studies.TASKS.values():
         words = [w for w in task.flags.split() if w != "--digits"]
         for method in task.rates:
-            flags = [f for f in studies.METHODS[method] if f != "--cluster_batches"]
-            o = parse_options([*words, *flags])
+            o = parse_options([*words, *studies.METHODS[method]])
             assert o.quant_warmup is None or (o.qat and task.flags.count("random"))
 
 
