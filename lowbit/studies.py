@@ -116,8 +116,9 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
     """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
     is interior, the other schedules at that rate (of Schedule-Free, which has none, other
     momenta), then, in rounds, while it helps: weight decay, momentum, that of what Muon leaves to
-    AdamW, schedule, rate, one step of its scale after the other. One seed, which no result uses.
-    From a log: as far as its runs of these rounds go."""
+    AdamW, schedule, rate, one step of its scale after the other. A better trial that the log holds
+    already is where the next round starts. One seed, which no result uses. From a log: as far as
+    its runs of these rounds go."""
     table: dict[str, dict[str, Any]] = {}  # a row a trial, under its flags
     optimizer = optimizer_of(method)
     name, (first, *others) = SHAPES.get(optimizer, SCHEDULES)
@@ -170,6 +171,19 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
         at = scale.index(best.get(what, usual))
         climb(what, scale[:at][::-1]) or climb(what, scale[at + 1 :])
 
+    def best_on_record() -> None:
+        """A climb ends at a local optimum: trials of other climbs, or made by hand, count."""
+        nonlocal best, lowest
+        tuned = {"lr", "weight_decay", "momentum", "adamw_momentum", name}
+        for r in bench.log.runs:
+            words = r["flags"][len(METHODS[method]) :]
+            pairs = {f[2:]: v for f, v in zip(words[::2], words[1::2], strict=False)}
+            if r["method"] == method and pairs.keys() <= tuned:
+                numbers = {k: v if k == name else float(v) for k, v in pairs.items()}
+                trial = {"weight_decay": DECAYS[0], **numbers}
+                if bench.log.find(key(trial)) is r and r["final_loss"] < lowest:
+                    best, lowest = trial, losses([trial])[0]
+
     before = math.inf
     while lowest < before:
         before = lowest
@@ -183,6 +197,7 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
         peak = best["lr"]
         for factor in (0.5, 2.0):
             climb("lr", [peak * factor**n for n in range(1, 5)])
+        best_on_record()
     return flags(best), list(table.values())
 
 

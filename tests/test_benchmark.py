@@ -260,6 +260,30 @@ def test_rates_are_tried_again_and_what_muon_leaves_to_adamw_has_a_momentum(tmp_
     )
 
 
+def test_a_better_trial_on_record_is_where_tuning_goes_on(tmp_path):
+    """By the law of these runs a climb from the usual momentum ends beside the best."""
+
+    def run_once(method, flags, common, seed):
+        momentum, rate = float(option(flags, "--momentum", "0.9")), float(option(flags, "--lr"))
+        lower = 1.0 if momentum == 0.4 else 0.0
+        best_rate = 4 if momentum == 0.4 else 1
+        far = 0.0 if momentum == 0.9 else 0.5
+        return {"final_loss": 2 + far - lower + 0.01 * abs(math.log2(rate / best_rate))}
+
+    task = studies.Task("--ternary --qat", 160, {"AdamW": 1.0})
+    bench = Bench(tmp_path, 1, "cpu", run_once, studies.METHODS)
+    assert option(studies.tune(bench, "AdamW", task)[0], "--momentum", "") == ""
+    by_hand = ["--lr", "1", "--lr_schedule", "linear", "--momentum", "0.4"]
+    bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, by_hand)])
+    other = ["--lr", "1", "--lr_schedule", "linear", "--temperature", "2"]
+    bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, other)])
+    for from_log in (False, True):
+        bench.from_log = from_log
+        best, table = studies.tune(bench, "AdamW", task)
+        assert (option(best, "--momentum"), option(best, "--lr")) == ("0.4", "4")
+        assert min(table, key=lambda r: r["loss"])["momentum"] == 0.4
+
+
 def test_names_of_baselines_in_a_summary():
     names = ["AdamW", "AdamW + calibration", "Schedule-Free AdamW", "Muon"]
     found = [studies.summary_name(x) for x in names]
