@@ -93,6 +93,7 @@ TASKS: dict[str, Task] = {
 SHORTER = {"muon": 0.5}
 #: What tuning tries beside rates: a flag and its values, the first while it looks for the rate.
 SHAPES = {"schedulefree": ("momentum", ("0.9", "0.95", "0.98"))}
+NUMBERS = ("weight_decay", "momentum", "adamw_momentum")  # tuned, beside the rate
 SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
 DECAYS = (0.01, 0.1, 0.3, 1.0)  # from distillation.py's default
 MOMENTA = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
@@ -124,8 +125,10 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
     name, (first, *others) = SHAPES.get(optimizer, SCHEDULES)
 
     def flags(trial: dict[str, Any]) -> list[str]:
-        given = {k: v for k, v in trial.items() if (k, v) != ("weight_decay", DECAYS[0])}
-        return [word for k, v in given.items() for word in (f"--{k}", v if k == name else f"{v:g}")]
+        """In one order, whatever the order in which they were tried."""
+        pairs = [(k, trial[k]) for k in dict.fromkeys(("lr", name, *NUMBERS)) if k in trial]
+        pairs = [x for x in pairs if x != ("weight_decay", DECAYS[0])]
+        return [word for k, v in pairs for word in (f"--{k}", v if k == name else f"{v:g}")]
 
     def key(trial: dict[str, Any]) -> dict[str, Any]:
         return bench.key(method, task.flags, task.steps, TUNING_SEED, flags(trial))
@@ -174,11 +177,10 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
     def best_on_record() -> None:
         """A climb ends at a local optimum: trials of other climbs, or made by hand, count."""
         nonlocal best, lowest
-        tuned = {"lr", "weight_decay", "momentum", "adamw_momentum", name}
         for r in bench.log.runs:
             words = r["flags"][len(METHODS[method]) :]
             pairs = {f[2:]: v for f, v in zip(words[::2], words[1::2], strict=False)}
-            if r["method"] == method and pairs.keys() <= tuned:
+            if r["method"] == method and pairs.keys() <= {"lr", name, *NUMBERS}:
                 numbers = {k: v if k == name else float(v) for k, v in pairs.items()}
                 trial = {"weight_decay": DECAYS[0], **numbers}
                 if bench.log.find(key(trial)) is r and r["final_loss"] < lowest:

@@ -268,12 +268,13 @@ def test_a_better_trial_on_record_is_where_tuning_goes_on(tmp_path):
         lower = 1.0 if momentum == 0.4 else 0.0
         best_rate = 4 if momentum == 0.4 else 1
         far = 0.0 if momentum == 0.9 else 0.5
+        far += 0.1 * abs(math.log10(float(option(flags, "--weight_decay", "0.01")) / 0.1))
         return {"final_loss": 2 + far - lower + 0.01 * abs(math.log2(rate / best_rate))}
 
     task = studies.Task("--ternary --qat", 160, {"AdamW": 1.0})
     bench = Bench(tmp_path, 1, "cpu", run_once, studies.METHODS)
     assert option(studies.tune(bench, "AdamW", task)[0], "--momentum", "") == ""
-    by_hand = ["--lr", "1", "--lr_schedule", "linear", "--momentum", "0.4"]
+    by_hand = "--lr 1 --lr_schedule linear --weight_decay 0.1 --momentum 0.4".split()
     bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, by_hand)])
     other = ["--lr", "1", "--lr_schedule", "linear", "--temperature", "2"]
     bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, other)])
@@ -281,6 +282,7 @@ def test_a_better_trial_on_record_is_where_tuning_goes_on(tmp_path):
         bench.from_log = from_log
         best, table = studies.tune(bench, "AdamW", task)
         assert (option(best, "--momentum"), option(best, "--lr")) == ("0.4", "4")
+        assert option(best, "--weight_decay") == "0.1"
         assert min(table, key=lambda r: r["loss"])["momentum"] == 0.4
 
 
