@@ -123,10 +123,10 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
     table: dict[str, dict[str, Any]] = {}  # a row a trial, under its flags
     optimizer = optimizer_of(method)
     name, (first, *others) = SHAPES.get(optimizer, SCHEDULES)
+    order = list(dict.fromkeys(("lr", name, *NUMBERS)))  # of the flags, in the log's keys
 
     def flags(trial: dict[str, Any]) -> list[str]:
-        """In one order, whatever the order in which they were tried."""
-        pairs = [(k, trial[k]) for k in dict.fromkeys(("lr", name, *NUMBERS)) if k in trial]
+        pairs = [(k, trial[k]) for k in order if k in trial]
         pairs = [x for x in pairs if x != ("weight_decay", DECAYS[0])]
         return [word for k, v in pairs for word in (f"--{k}", v if k == name else f"{v:g}")]
 
@@ -180,9 +180,9 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
         for r in bench.log.runs:
             words = r["flags"][len(METHODS[method]) :]
             pairs = {f[2:]: v for f, v in zip(words[::2], words[1::2], strict=False)}
-            if r["method"] == method and pairs.keys() <= {"lr", name, *NUMBERS}:
-                numbers = {k: v if k == name else float(v) for k, v in pairs.items()}
-                trial = {"weight_decay": DECAYS[0], **numbers}
+            if r["method"] == method and pairs.keys() <= set(order):
+                pairs = {"weight_decay": DECAYS[0], **pairs}
+                trial = {k: pairs[k] if k == name else float(pairs[k]) for k in order if k in pairs}
                 if bench.log.find(key(trial)) is r and r["final_loss"] < lowest:
                     best, lowest = trial, losses([trial])[0]
 

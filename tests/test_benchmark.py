@@ -274,7 +274,7 @@ def test_a_better_trial_on_record_is_where_tuning_goes_on(tmp_path):
     task = studies.Task("--ternary --qat", 160, {"AdamW": 1.0})
     bench = Bench(tmp_path, 1, "cpu", run_once, studies.METHODS)
     assert option(studies.tune(bench, "AdamW", task)[0], "--momentum", "") == ""
-    by_hand = "--lr 1 --lr_schedule linear --weight_decay 0.1 --momentum 0.4".split()
+    by_hand = ["--lr", "1", "--lr_schedule", "linear", "--weight_decay", "0.1", "--momentum", "0.4"]
     bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, by_hand)])
     other = ["--lr", "1", "--lr_schedule", "linear", "--temperature", "2"]
     bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, other)])
