@@ -171,20 +171,24 @@ def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[st
 
     def climb_scale(what: str, scale: Sequence[float], usual: float) -> None:
         """Down, or else up, the scale."""
-        at = scale.index(best.get(what, usual))
-        climb(what, scale[:at][::-1]) or climb(what, scale[at + 1 :])
+        here = best.get(what, usual)  # a trial on record may lie beside the scale
+        below, above = [x for x in scale if x < here], [x for x in scale if x > here]
+        climb(what, below[::-1]) or climb(what, above)
 
     def best_on_record() -> None:
         """A climb ends at a local optimum: trials of other climbs, or made by hand, count."""
         nonlocal best, lowest
         for r in bench.log.runs:
+            if r["method"] != method or r["seed"] != TUNING_SEED or r["final_loss"] >= lowest:
+                continue
             words = r["flags"][len(METHODS[method]) :]
             pairs = {f[2:]: v for f, v in zip(words[::2], words[1::2], strict=False)}
-            if r["method"] == method and pairs.keys() <= set(order):
+            if pairs.keys() <= set(order):
                 pairs = {"weight_decay": DECAYS[0], **pairs}
                 trial = {k: pairs[k] if k == name else float(pairs[k]) for k in order if k in pairs}
-                if bench.log.find(key(trial)) is r and r["final_loss"] < lowest:
-                    best, lowest = trial, losses([trial])[0]
+                if bench.log.find(key(trial)) is r:  # of this task and horizon
+                    (lowest,) = losses([trial])
+                    best = trial
 
     before = math.inf
     while lowest < before:

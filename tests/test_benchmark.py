@@ -260,13 +260,15 @@ def test_rates_are_tried_again_and_what_muon_leaves_to_adamw_has_a_momentum(tmp_
     )
 
 
-def test_a_better_trial_on_record_is_where_tuning_goes_on(tmp_path):
+@pytest.mark.parametrize("momentum_by_hand", ["0.4", "0.42"])  # on tuning's scale, and beside it
+def test_a_better_trial_on_record_is_where_tuning_goes_on(momentum_by_hand, tmp_path):
     """By the law of these runs a climb from the usual momentum ends beside the best."""
 
     def run_once(method, flags, common, seed):
         momentum, rate = float(option(flags, "--momentum", "0.9")), float(option(flags, "--lr"))
-        lower = 1.0 if momentum == 0.4 else 0.0
-        best_rate = 4 if momentum == 0.4 else 1
+        by_hand = momentum == float(momentum_by_hand)
+        lower = 1.0 if by_hand else 0.0
+        best_rate = 4 if by_hand else 1
         far = 0.0 if momentum == 0.9 else 0.5
         far += 0.1 * abs(math.log10(float(option(flags, "--weight_decay", "0.01")) / 0.1))
         return {"final_loss": 2 + far - lower + 0.01 * abs(math.log2(rate / best_rate))}
@@ -274,16 +276,17 @@ def test_a_better_trial_on_record_is_where_tuning_goes_on(tmp_path):
     task = studies.Task("--ternary --qat", 160, {"AdamW": 1.0})
     bench = Bench(tmp_path, 1, "cpu", run_once, studies.METHODS)
     assert option(studies.tune(bench, "AdamW", task)[0], "--momentum", "") == ""
-    by_hand = ["--lr", "1", "--lr_schedule", "linear", "--weight_decay", "0.1", "--momentum", "0.4"]
+    by_hand = ["--lr", "1", "--lr_schedule", "linear", "--weight_decay", "0.1"]
+    by_hand += ["--momentum", momentum_by_hand]
     bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, by_hand)])
     other = ["--lr", "1", "--lr_schedule", "linear", "--temperature", "2"]
     bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, other)])
     for from_log in (False, True):
         bench.from_log = from_log
         best, table = studies.tune(bench, "AdamW", task)
-        assert (option(best, "--momentum"), option(best, "--lr")) == ("0.4", "4")
+        assert (option(best, "--momentum"), option(best, "--lr")) == (momentum_by_hand, "4")
         assert option(best, "--weight_decay") == "0.1"
-        assert min(table, key=lambda r: r["loss"])["momentum"] == 0.4
+        assert min(table, key=lambda r: r["loss"])["momentum"] == float(momentum_by_hand)
 
 
 def test_names_of_baselines_in_a_summary():
