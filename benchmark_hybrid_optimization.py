@@ -35,14 +35,15 @@ import torch
 import torch.nn as nn
 
 import distillation
-from lowbit import RunFailed, UserError, validation
-from lowbit.baselines import Baseline
-from lowbit.checkpoint import atomic_write, prepare_folder
-from lowbit.corpus import StratifiedSampler
+from lowbit import RunFailed, UserError
+from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options, settle_by_start
-from lowbit.studies import METHODS, PAIR, QUICK, SPOILED, STUDIES, TASKS
-from lowbit.study import TIMED_PAIRS, Bench
-from lowbit.tables import (
+from lowbit.text.sampler import StratifiedSampler
+from lowbit.training import validation
+from lowbit.training.baselines import Baseline
+from studies.bench import TIMED_PAIRS, Bench
+from studies.definitions import METHODS, PAIR, QUICK, SPOILED, STUDIES, TASKS
+from studies.tables import (
     format_quantization,
     format_table,
     made_of,

@@ -29,12 +29,12 @@ from hybrid_optimization import (
     HybridTrainingConfig,
 )
 from lowbit import RunFailed, UserError
-from lowbit.baselines import Baseline
-from lowbit.calibration import calibrate
-from lowbit.checkpoint import prepare_folder, save_float32
-from lowbit.corpus import Corpus, StratifiedSampler, load_corpus
+from lowbit.files.atomic import prepare_folder
+from lowbit.files.checkpoint import save_float32
+from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
-from lowbit.losses import distillation_terms, hidden_state_loss
+from lowbit.models.decoder import STUDENT_SIZES, CausalLM, ModelConfig
+from lowbit.models.teacher import load_teacher
 from lowbit.options import (
     STEPS_PER_EPOCH,
     WARMUP_FRACTION,
@@ -42,13 +42,15 @@ from lowbit.options import (
     parse_options,
     settle_by_start,
 )
-from lowbit.packing import load_packed, save_packed
-from lowbit.quantization import count_flips, latent, quantize_model, snapshot_codes, strength
+from lowbit.quantization.calibration import calibrate
+from lowbit.quantization.layers import count_flips, latent, quantize_model, snapshot_codes, strength
 from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
-from lowbit.student import STUDENT_SIZES, CausalLM, ModelConfig
-from lowbit.teacher import load_teacher
-from lowbit.tokenizer import ByteTokenizer
-from lowbit.validation import (
+from lowbit.text.corpus import Corpus, load_corpus
+from lowbit.text.sampler import StratifiedSampler
+from lowbit.text.tokenizers import ByteTokenizer
+from lowbit.training.baselines import Baseline
+from lowbit.training.losses import distillation_terms, hidden_state_loss
+from lowbit.training.validation import (
     Validation,
     batch_of,
     logits_of,

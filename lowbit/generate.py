@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from lowbit import UserError
-from lowbit.student import CausalLM
-from lowbit.teacher import load_teacher
-from lowbit.tokenizer import ByteTokenizer
+from lowbit.models.decoder import CausalLM
+from lowbit.models.teacher import load_teacher
+from lowbit.text.tokenizers import ByteTokenizer
 
 
 @torch.no_grad()

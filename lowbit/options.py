@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lowbit import UserError
-from lowbit.student import STUDENT_SIZES
+from lowbit.models.decoder import STUDENT_SIZES
 
 #: Defaults that depend on the method and on the student's start: (from its teacher, from random
 #: weights). "others" are the methods that have no row. Rates, decay and momenta of the hybrid,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit.checkpoint import atomic_write
+from lowbit.files.atomic import atomic_write
 
 RULE = "=" * 60
 

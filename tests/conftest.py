@@ -17,9 +17,9 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
-from lowbit.packing import save_packed  # noqa: E402
-from lowbit.student import CausalLM, ModelConfig  # noqa: E402
-from lowbit.tokenizer import ByteTokenizer  # noqa: E402
+from lowbit.files.packed import save_packed  # noqa: E402
+from lowbit.models.decoder import CausalLM, ModelConfig  # noqa: E402
+from lowbit.text.tokenizers import ByteTokenizer  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import benchmark_hybrid_optimization as benchmark
-from lowbit import studies, tables
-from lowbit import study as study_tools
 from lowbit.options import parse_options
-from lowbit.study import Bench
+from studies import bench as study_tools
+from studies import definitions as studies
+from studies import tables
+from studies.bench import Bench
 
 
 def run(method: str, seed: int, final: float, curve: list[tuple[int, float]]) -> dict:

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit import calibration
-from lowbit.calibration import calibrate, fit_scale, latent_weights, round_columns
-from lowbit.losses import distillation_terms
-from lowbit.quantization import QATLinear, quantize_model, sign_codes, ternary_codes
-from lowbit.student import CausalLM, ModelConfig
+from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.quantization import calibration
+from lowbit.quantization.calibration import calibrate, fit_scale, latent_weights, round_columns
+from lowbit.quantization.layers import QATLinear, quantize_model, sign_codes, ternary_codes
+from lowbit.training.losses import distillation_terms
 
 QUANTIZE = {"ternary": ternary_codes, "1bit": sign_codes}
 

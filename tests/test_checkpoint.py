@@ -11,17 +11,10 @@ import pytest
 import torch
 
 from lowbit import UserError
-from lowbit.checkpoint import (
-    FORMAT,
-    MAX_POSITIONS,
-    VERSION,
-    atomic_write,
-    load_float32,
-    prepare_folder,
-    save_float32,
-)
-from lowbit.student import CausalLM, ModelConfig
-from lowbit.tokenizer import ByteTokenizer
+from lowbit.files.atomic import atomic_write, prepare_folder
+from lowbit.files.checkpoint import FORMAT, MAX_POSITIONS, VERSION, load_float32, save_float32
+from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.text.tokenizers import ByteTokenizer
 
 CONFIG = ModelConfig(
     vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,

@@ -13,11 +13,11 @@ from conftest import ROOT, make_text
 
 import distillation
 from lowbit import UserError
-from lowbit.checkpoint import save_float32
+from lowbit.files.checkpoint import save_float32
+from lowbit.files.packed import save_packed
+from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.options import HYBRID_DEFAULTS, parse_options, settle_by_start
-from lowbit.packing import save_packed
-from lowbit.student import CausalLM, ModelConfig
-from lowbit.tokenizer import ByteTokenizer
+from lowbit.text.tokenizers import ByteTokenizer
 
 Fails = Callable[..., str]
 

@@ -15,22 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit import UserError
-from lowbit.corpus import (
+from lowbit.text.corpus import load_corpus, token_stream, windows
+from lowbit.text.documents import (
     SECTION_CHARS,
     VALIDATION_SHARE,
     Document,
-    StratifiedSampler,
     cached_stdlib_documents,
     deduplicate,
     into_sections,
-    load_corpus,
     read_documents,
     split,
     stdlib_documents,
-    token_stream,
-    windows,
 )
-from lowbit.tokenizer import ByteTokenizer
+from lowbit.text.sampler import StratifiedSampler
+from lowbit.text.tokenizers import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 
@@ -404,7 +402,7 @@ def test_a_damaged_cache_is_made_again(
 ) -> None:
     """Whatever the file holds, the documents are parsed again and the file replaced."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("lowbit.corpus.stdlib_documents", lambda: [("a", "b")])
+    monkeypatch.setattr("lowbit.text.documents.stdlib_documents", lambda: [("a", "b")])
     cached_stdlib_documents()
     (file,) = tmp_path.rglob("*.json")
     file.write_bytes(damage.encode("latin-1"))
@@ -418,7 +416,7 @@ def test_an_unwritable_cache_only_costs_time(
     """A file in the place of the cache folder is no error."""
     (tmp_path / "file").write_text("x")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr("lowbit.corpus.stdlib_documents", lambda: [("a", "b")])
+    monkeypatch.setattr("lowbit.text.documents.stdlib_documents", lambda: [("a", "b")])
     assert cached_stdlib_documents() == [("a", "b")]
 
 

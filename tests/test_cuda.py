@@ -14,12 +14,12 @@ from toys import digits, losses_plain_and_compiled, make_net, same
 import benchmark_hybrid_optimization as benchmark
 import distillation
 from hybrid_optimization import ConstrainedOptimizer, HybridOptimizationManager
-from lowbit.calibration import calibrate
+from lowbit.files.packed import load_packed
 from lowbit.generate import generate
-from lowbit.packing import load_packed
-from lowbit.quantization import quantize_model, snapshot_codes
-from lowbit.student import CausalLM, ModelConfig
-from lowbit.studies import METHODS
+from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.quantization.calibration import calibrate
+from lowbit.quantization.layers import quantize_model, snapshot_codes
+from studies.definitions import METHODS
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit.losses import distillation_terms, hidden_state_loss
+from lowbit.training.losses import distillation_terms, hidden_state_loss
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

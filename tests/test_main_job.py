@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import distillation
-from lowbit.baselines import Baseline
-from lowbit.checkpoint import load_float32
+from lowbit.files.checkpoint import load_float32
+from lowbit.files.packed import load_packed
 from lowbit.options import parse_options
-from lowbit.packing import load_packed
-from lowbit.quantization import low_bit_layers
+from lowbit.quantization.layers import low_bit_layers
+from lowbit.training.baselines import Baseline
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--seq_len", "32", "--batch_size", "4", "--samples_per_epoch", "12"]

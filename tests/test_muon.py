@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch.optim import _muon as torch_muon
 
-from lowbit.muon import OwnPrecisionMuon, orthogonalize
+from studies.muon import OwnPrecisionMuon, orthogonalize
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 

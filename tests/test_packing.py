@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lowbit import UserError
-from lowbit.packing import (
+from lowbit.files.packed import (
     FORMAT,
     STREAM_DTYPES,
     VERSION,
@@ -29,9 +29,9 @@ from lowbit.packing import (
     unpack_bits,
     unpack_ternary,
 )
-from lowbit.quantization import low_bit_layers, quantize_model
-from lowbit.student import CausalLM, ModelConfig
-from lowbit.tokenizer import ByteTokenizer
+from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.quantization.layers import low_bit_layers, quantize_model
+from lowbit.text.tokenizers import ByteTokenizer
 
 TOKENIZER = ByteTokenizer().describe()
 SMALL = ModelConfig(

@@ -11,7 +11,8 @@ import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit.quantization import (
+from lowbit.models.decoder import LINEAR_NAMES, CausalLM, ModelConfig
+from lowbit.quantization.layers import (
     QATEmbedding,
     QATLinear,
     byte_codes,
@@ -25,7 +26,6 @@ from lowbit.quantization import (
     strength,
     ternary_codes,
 )
-from lowbit.student import LINEAR_NAMES, CausalLM, ModelConfig
 
 BF16_ULP = 2.0**-7  # 8 significant bits: rounding errs by at most half of this, relatively
 SMALL = ModelConfig(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowbit import UserError
-from lowbit.student import LINEAR_NAMES, STUDENT_SIZES, CausalLM, ModelConfig
+from lowbit.models.decoder import LINEAR_NAMES, STUDENT_SIZES, CausalLM, ModelConfig
 
 CONFIGS = {
     "tied": dict(),

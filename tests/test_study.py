@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from toys import toy_run
 
-from lowbit import UserError, study
-from lowbit.study import (
+from lowbit import UserError
+from studies import bench as study
+from studies.bench import (
     RunLog,
     estimate,
     gap_reduction,
@@ -199,7 +200,7 @@ def test_no_run_outlives_a_study_that_was_killed(tmp_path, notes):
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from pathlib import Path
 from toys import toy_run
-from lowbit.study import Bench
+from studies.bench import Bench
 if __name__ == "__main__":
     bench = Bench(Path({str(tmp_path)!r}), 2, "cpu", toy_run, {{{notes!r}: []}})
     bench.run([bench.key({notes!r}, "", 16, seed, ["last"]) for seed in range(2)])

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lowbit.study import RunLog, machine, mean_interval  # noqa: E402
+from studies.bench import RunLog, machine, mean_interval  # noqa: E402
 
 COMMAND = "distillation.py --hybrid --ternary --qat --epochs 20 --save_metrics"
 

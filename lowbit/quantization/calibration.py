@@ -23,8 +23,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn as nn
 
-from lowbit.quantization import QATLinear, sign_codes, ternary_codes
-from lowbit.student import Block, CausalLM
+from lowbit.models.decoder import Block, CausalLM
+from lowbit.quantization.layers import QATLinear, sign_codes, ternary_codes
 
 RIDGE = 0.1  # of the mean diagonal of the second moment, in the refit
 DAMPING = 0.3  # the same, in the rounding

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from lowbit.losses import distillation_terms
-from lowbit.student import CausalLM
+from lowbit.models.decoder import CausalLM
+from lowbit.training.losses import distillation_terms
 
 EVAL_BATCH = {"cpu": 16, "cuda": 128}  # windows
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowbit.student import LINEAR_NAMES, CausalLM
+from lowbit.models.decoder import LINEAR_NAMES, CausalLM
 
 MODES = ("ternary", "1bit")
 SCOPES = ("row", "tensor")

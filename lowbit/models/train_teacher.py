@@ -1,4 +1,4 @@
-"""The recipe of the embedded teacher: ``python -m lowbit.train_teacher --out teacher.npz``.
+"""The recipe of the embedded teacher: ``python -m lowbit.models.train_teacher --out teacher.npz``.
 
 Next-byte prediction on the embedded text, random 257-byte windows, the trust-region step of
 `hybrid_optimization`, 2 % warm-up, linear decay to zero, dropout on the embedding and on what the
@@ -25,12 +25,12 @@ import torch.nn.functional as F
 
 from hybrid_optimization import ConstrainedOptimizer
 from lowbit import UserError
-from lowbit.checkpoint import atomic_write, prepare_folder
-from lowbit.corpus import load_corpus
+from lowbit.files.atomic import atomic_write, prepare_folder
+from lowbit.files.packed import save_packed
+from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.options import Parser
-from lowbit.packing import save_packed
-from lowbit.student import CausalLM, ModelConfig
-from lowbit.tokenizer import ByteTokenizer
+from lowbit.text.corpus import load_corpus
+from lowbit.text.tokenizers import ByteTokenizer
 
 EVAL_EVERY = 500
 CONTEXT = 256
@@ -123,7 +123,7 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="python -m lowbit.train_teacher", description=__doc__)
+    parser = Parser(prog="python -m lowbit.models.train_teacher", description=__doc__)
     parser.add_argument("--out", required=True, help="the .npz to write; a .json beside it")
     parser.add_argument("--steps", type=int, default=8000, help="default 8000")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak rate (default 2e-3)")

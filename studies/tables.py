@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from lowbit.checkpoint import atomic_write
-from lowbit.studies import summary_name
-from lowbit.study import mean_interval
+from lowbit.files.atomic import atomic_write
+from studies.bench import mean_interval
+from studies.definitions import summary_name
 
 
 def first_crossing(curve: Sequence[Sequence[float]], target: float) -> int | None:

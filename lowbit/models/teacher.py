@@ -1,7 +1,7 @@
 """The teacher: the embedded one, or a checkpoint of this project.
 
-The embedded teacher is made by ``python -m lowbit.train_teacher`` (see that file for the recipe)
-and shipped as float16 in the packed format.
+The embedded teacher is made by ``python -m lowbit.models.train_teacher`` (see that file for the
+recipe) and shipped as float16 in the packed format.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from importlib import resources
 from pathlib import Path
 
 from lowbit import UserError
-from lowbit.checkpoint import load_float32
-from lowbit.packing import load_packed
-from lowbit.student import CausalLM
-from lowbit.tokenizer import ByteTokenizer
+from lowbit.files.checkpoint import load_float32
+from lowbit.files.packed import load_packed
+from lowbit.models.decoder import CausalLM
+from lowbit.text.tokenizers import ByteTokenizer
 
 
 def embedded_teacher() -> Path:

@@ -1,58 +1,19 @@
-"""Files that are written whole or not at all, and the float32 checkpoint."""
+"""The float32 checkpoint of the plain decoder."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
 
 import torch
 
 from lowbit import UserError
-from lowbit.student import CausalLM, ModelConfig
+from lowbit.files.atomic import atomic_write
+from lowbit.models.decoder import CausalLM, ModelConfig
 
 FORMAT = "lowbit-float32"
 VERSION = 1
 MAX_POSITIONS = 1 << 17
-
-
-def prepare_folder(folder: str | os.PathLike, flag: str = "--output_dir") -> Path:
-    """Make the folder and try a file in it. Raises UserError where that fails."""
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as e:
-        raise UserError(f"{flag}: cannot write to {folder}: {e.strerror}") from e
-    return path
-
-
-def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> Path:
-    """Write a temporary file beside ``path``, flush it to disk, then rename it over ``path``."""
-    target = Path(path)
-    fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(fd, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    return target
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def read_config(values: object, origin: str) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""Text in, token windows out: documents, split, windows and the cluster-balanced sampler.
+"""Documents: reading, deduplication, and the split into training and validation.
 
 A *document* is a named text. Documents go to training or validation by a hash of their name, so
 the split does not move when documents are added, and no document is in both. Paragraphs that
@@ -16,13 +16,11 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lowbit import UserError
-from lowbit.tokenizer import ByteTokenizer
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 VALIDATION_SHARE = 0.06
@@ -142,7 +140,7 @@ def _read_file(path: Path) -> list[Document]:
     return documents
 
 
-# -------------------------------------------------------------------------- splitting, windows
+# -------------------------------------------------------------------------------------- splitting
 
 
 def deduplicate(documents: Iterable[Document]) -> list[Document]:
@@ -193,119 +191,3 @@ def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]
         [d for i, d in enumerate(documents) if i not in held],
         [d for i, d in enumerate(documents) if i in held],
     )
-
-
-@dataclass
-class Corpus:
-    """Token windows of one length, as (n, seq_len + 1) uint8: inputs and next-token labels."""
-
-    train: np.ndarray
-    validation: np.ndarray
-    train_tokens: int
-    validation_tokens: int
-    fingerprint: str  # sha256 over all tokens of both parts, first 16 hex digits
-
-
-def token_stream(documents: Iterable[Document], tokenizer: ByteTokenizer) -> np.ndarray:
-    return tokenizer.encode("\n\n".join(text for _, text in documents))
-
-
-def windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
-    """Consecutive windows that share one token: (n, seq_len + 1)."""
-    n = (len(tokens) - 1) // seq_len
-    if n <= 0:
-        return np.empty((0, seq_len + 1), tokens.dtype)
-    starts = np.arange(n)[:, None] * seq_len
-    return tokens[starts + np.arange(seq_len + 1)]
-
-
-def load_corpus(paths: Sequence[str], seq_len: int, tokenizer: ByteTokenizer) -> Corpus:
-    """Documents (the standard library's documentation where ``paths`` is empty) -> Corpus.
-
-    Raises UserError where the text is too short for one training and one validation window.
-    """
-    documents = deduplicate(read_documents(paths) if paths else cached_stdlib_documents())
-    if len(documents) < MIN_DOCUMENTS:
-        documents = into_sections(documents)
-    train_docs, validation_docs = split(documents)
-    train, validation = (token_stream(d, tokenizer) for d in (train_docs, validation_docs))
-    corpus = Corpus(
-        windows(train, seq_len),
-        windows(validation, seq_len),
-        len(train),
-        len(validation),
-        hashlib.sha256(train.tobytes() + b"\xff" + validation.tobytes()).hexdigest()[:16],
-    )
-    if not len(corpus.train) or not len(corpus.validation):
-        raise UserError(
-            f"--data: {len(train):,} training and {len(validation):,} validation tokens are too "
-            f"few for windows of {seq_len} + 1; give more text or a smaller --seq_len"
-        )
-    return corpus
-
-
-# ---------------------------------------------------------------------------------- sampling
-
-
-class StratifiedSampler:
-    """Batches in which every cluster has its share, without replacement, resumable.
-
-    Each cluster is walked in its own random order. The places of a batch go to clusters in
-    proportion to their sizes; what rounding takes from a cluster in one batch it gets in a later
-    one (error diffusion), so the objective stays the plain mean over windows while the
-    between-cluster variance of a batch is removed. A cluster that is used up is reshuffled.
-    After n places each of K clusters has had its share of n, give or take 1 - 1 / (2K - 2): every
-    place goes to the cluster that would soonest pass this bound (Tijdeman, The chairman
-    assignment problem, 1980).
-
-    labels: cluster of each window, shape (n,). One cluster for all is plain shuffling.
-    """
-
-    def __init__(self, labels: np.ndarray, batch_size: int, seed: int) -> None:
-        self.members = [np.flatnonzero(labels == k) for k in np.unique(labels)]
-        self.share = np.array([len(m) for m in self.members]) / len(labels)
-        self.batch_size = batch_size
-        self.rng = np.random.default_rng(seed)
-        self.credit = np.zeros(len(self.members))
-        self.orders = [self.rng.permutation(m) for m in self.members]
-        self.cursors = [0] * len(self.members)
-
-    def next_batch(self, size: int | None = None) -> np.ndarray:
-        """Indices of the next windows, shape (size,), the batch size by default."""
-        size = self.batch_size if size is None else size
-        slack = 1 / max(2, 2 * len(self.members) - 2)
-        counts = np.zeros(len(self.members), int)
-        for _ in range(size):
-            self.credit += self.share
-            time_left = (1 - slack - self.credit) / self.share
-            k = np.argmin(np.where(self.credit >= slack - 1e-9, time_left, np.inf))
-            self.credit[k] -= 1
-            counts[k] += 1
-        batch = np.concatenate([self._take(k, n) for k, n in enumerate(counts)])
-        return self.rng.permutation(batch)
-
-    def _take(self, k: int, n: int) -> np.ndarray:
-        parts = []
-        while n:
-            part = self.orders[k][self.cursors[k] : self.cursors[k] + n]
-            parts.append(part)
-            n -= len(part)
-            self.cursors[k] += len(part)
-            if self.cursors[k] == len(self.orders[k]):
-                self.orders[k] = self.rng.permutation(self.members[k])
-                self.cursors[k] = 0
-        return np.concatenate(parts) if parts else np.empty(0, int)
-
-    def state_dict(self) -> dict:
-        return {
-            "rng": self.rng.bit_generator.state,
-            "credit": self.credit.tolist(),
-            "orders": [o.tolist() for o in self.orders],
-            "cursors": list(self.cursors),
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.rng.bit_generator.state = state["rng"]
-        self.credit = np.array(state["credit"])
-        self.orders = [np.array(o, int) for o in state["orders"]]
-        self.cursors = list(state["cursors"])

@@ -18,7 +18,7 @@ import numpy as np
 
 from lowbit import UserError
 from lowbit.options import ADAMW_MOMENTUM, STEPS_PER_EPOCH, default
-from lowbit.study import Bench, gap_reduction, mean_interval, ratio, smallest_horizon, steps_ratio
+from studies.bench import Bench, gap_reduction, mean_interval, ratio, smallest_horizon, steps_ratio
 
 TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
 RUN = 320  # steps of the default run, where a study needs one length

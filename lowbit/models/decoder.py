@@ -241,5 +241,5 @@ class CausalLM(nn.Module):
         if not self.config.tie_word_embeddings:
             return self.lm_head(x)
         embedding = self.model.embed_tokens
-        tied = getattr(embedding, "quantized_weight", None)  # lowbit.quantization.QATEmbedding
+        tied = getattr(embedding, "quantized_weight", None)  # of a QATEmbedding
         return F.linear(x, tied() if callable(tied) else embedding.weight)

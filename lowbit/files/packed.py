@@ -27,9 +27,10 @@ import numpy as np
 import torch
 
 from lowbit import UserError
-from lowbit.checkpoint import atomic_write, build_model, read_config
-from lowbit.quantization import QATLinear, low_bit_layers
-from lowbit.student import CausalLM
+from lowbit.files.atomic import atomic_write
+from lowbit.files.checkpoint import build_model, read_config
+from lowbit.models.decoder import CausalLM
+from lowbit.quantization.layers import QATLinear, low_bit_layers
 
 FORMAT = "lowbit-packed"
 VERSION = 1
@@ -115,7 +116,7 @@ class SizeReport:
 def encode_model(model: CausalLM, plain: str = "float32") -> tuple[list[dict], dict]:
     """Tensors of a model -> (header entries, {stream: list of arrays}).
 
-    Layers of lowbit.quantization give codes and scales; everything else is stored as ``plain``.
+    Layers of `lowbit.quantization` give codes and scales; everything else is stored as ``plain``.
     """
     coded = {f"{name}.weight": m for name, m in low_bit_layers(model)}
     streams: dict[str, list[np.ndarray]] = {}

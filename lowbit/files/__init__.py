@@ -1,0 +1,1 @@
+"""Files that are written whole or not at all, and readers that check before they read."""

@@ -1,0 +1,1 @@
+"""Decoders, and where teachers come from."""

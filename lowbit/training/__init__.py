@@ -1,0 +1,1 @@
+"""Losses, validation and optimisers of a run."""

@@ -1,0 +1,1 @@
+"""What only the benchmark needs: tasks, rivals, tuning, the log of runs, statistics, tables."""
