@@ -70,17 +70,17 @@ def at_once(share: float) -> float:
     return 0.0
 
 
-_teacher_says: dict[Any, list[torch.Tensor]] = {}
+_references: dict[Any, validation.Reference] = {}
 
 
-def teacher_on(setup: distillation.Setup, windows: np.ndarray) -> list[torch.Tensor]:
-    """The teacher's logits on the held-out windows, kept from one run to the next: they are the
-    same, and no part of a run."""
+def teacher_on(setup: distillation.Setup, windows: np.ndarray) -> validation.Reference:
+    """The teacher on the held-out windows, kept from one run to the next: it is the same, and no
+    part of a run."""
     key = (setup.corpus.fingerprint, setup.options.teacher, windows.shape, setup.device)
-    if key not in _teacher_says:
-        _teacher_says.clear()
-        _teacher_says[key] = validation.logits_of(setup.teacher, windows, setup.device)
-    return _teacher_says[key]
+    if key not in _references:
+        _references.clear()
+        _references[key] = validation.Reference(setup.teacher, windows, setup.device, setup.dtype)
+    return _references[key]
 
 
 def spoil_gradients(model: nn.Module) -> None:
@@ -142,13 +142,13 @@ def run_once(
     column = "val_loss_quantized" if setup.options.qat else "val_loss"
     windows = validation.pick_windows(setup.corpus.validation, EVALUATION_WINDOWS)
     reference = teacher_on(setup, windows)
-    final = validation.validate(setup.student, windows, reference, setup.device)
+    final = reference.validate(setup.student)
     finite = math.isfinite(final.loss)
     return {
         **result,
         "final_loss": final.loss if finite else math.inf,
         "final_kl": final.kl if finite else math.inf,
-        "teacher_loss": validation.teacher_loss(windows, reference),
+        "teacher_loss": reference.teacher_loss,
         "windows": len(windows),
         "curve": [(row["step"], row[column]) for row in rows if column in row],
         "activation": float(np.mean([row.get("activation_rate", 0.0) for row in rows])),

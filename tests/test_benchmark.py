@@ -109,15 +109,14 @@ def test_the_teacher_is_asked_again_only_for_other_windows(
     text_file, tiny_teacher, tmp_path, monkeypatch
 ):
     asked = []
-    original = benchmark.validation.logits_of
+    original = benchmark.validation.Reference.__init__
 
-    def count(model, windows, device):
+    def count(self, teacher, windows, *rest):
         asked.append(len(windows))
-        return original(model, windows, device)
+        original(self, teacher, windows, *rest)
 
-    for module in (benchmark.validation, benchmark.distillation):
-        monkeypatch.setattr(module, "logits_of", count)
-    monkeypatch.setattr(benchmark, "_teacher_says", {})
+    monkeypatch.setattr(benchmark.validation.Reference, "__init__", count)
+    monkeypatch.setattr(benchmark, "_references", {})
     other = tmp_path / "other.txt"
     other.write_text(text_file.read_text("utf-8").swapcase(), "utf-8")
     found = []

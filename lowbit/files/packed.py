@@ -10,6 +10,9 @@ tensors of that encoding one after another in header order:
     float16, float32   plain values
     scales    uint16   bfloat16 bits; one a row or one a tensor for ternary, 1bit and int8
 
+and, where the vocabulary is a teacher's own, ``tokenizer``: {file name: text} as JSON in uint8. The
+header's config is that of the plain decoder, or {"transformers": the library's own}.
+
 Streams are deflated, which brings ternary codes close to their entropy; zip's CRC-32 guards each.
 Nothing is pickled.
 """
@@ -29,12 +32,14 @@ import torch
 from lowbit import UserError
 from lowbit.files.atomic import atomic_write
 from lowbit.files.checkpoint import build_model, read_config
-from lowbit.models.decoder import CausalLM
-from lowbit.quantization.layers import QATLinear, low_bit_layers
+from lowbit.models.interface import LanguageModel
+from lowbit.models.transformers_lm import build_transformers
+from lowbit.quantization.layers import QATLinear, byte_codes, byte_layers, low_bit_layers
 
 FORMAT = "lowbit-packed"
 VERSION = 1
 MAX_HEADER = 1 << 20
+MAX_TOKENIZER = 1 << 26
 MAX_WEIGHTS = 1 << 33
 STREAM_DTYPES = {
     "ternary": np.uint8,
@@ -113,20 +118,26 @@ class SizeReport:
         return self.float32_bytes / self.file_bytes
 
 
-def encode_model(model: CausalLM, plain: str = "float32") -> tuple[list[dict], dict]:
+def encode_model(model: LanguageModel, plain: str = "float32") -> tuple[list[dict], dict]:
     """Tensors of a model -> (header entries, {stream: list of arrays}).
 
     Layers of `lowbit.quantization` give codes and scales; everything else is stored as ``plain``.
+    Of weights that are tied the first name is stored.
     """
-    coded = {f"{name}.weight": m for name, m in low_bit_layers(model)}
+    coded = {f"{name}.weight": m for name, m in low_bit_layers(model.stored)}
+    held = {f"{name}.weight" for name, _ in byte_layers(model.stored)}
     streams: dict[str, list[np.ndarray]] = {}
     entries = []
-    for name, tensor in model.state_dict().items():
+    seen: set[int] = set()
+    for name, tensor in model.stored.state_dict().items():
         if name.endswith((".weight_scale", ".base_scale")):
             continue  # part of the layer's scale
+        if tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
         entry: dict = {"name": name, "shape": list(tensor.shape)}
         layer = coded.get(name)
-        if layer is None:
+        if layer is None and name not in held:
             entry["encoding"] = plain
             array = tensor.detach().cpu().numpy()
             array = array.astype(STREAM_DTYPES[plain]).ravel()
@@ -134,9 +145,9 @@ def encode_model(model: CausalLM, plain: str = "float32") -> tuple[list[dict], d
                 raise UserError(f"cannot pack {name}: a value is not finite in {plain}")
             streams.setdefault(plain, []).append(array)
         else:
-            codes, scale = layer.codes_and_scale()
+            codes, scale = byte_codes(tensor) if layer is None else layer.codes_and_scale()
             kind = layer.mode if isinstance(layer, QATLinear) else "int8"
-            if not bool(torch.isfinite(layer.weight).all() & torch.isfinite(scale).all()):
+            if not bool(torch.isfinite(tensor).all() & torch.isfinite(scale).all()):
                 raise UserError(f"cannot pack {name}: a weight or scale is not finite")
             entry["encoding"], entry["scales"] = kind, scale.numel()
             array = codes.cpu().numpy().astype(np.int8)
@@ -148,9 +159,13 @@ def encode_model(model: CausalLM, plain: str = "float32") -> tuple[list[dict], d
     return entries, streams
 
 
+def as_bytes(value: object) -> np.ndarray:
+    return np.frombuffer(json.dumps(value, separators=(",", ":")).encode(), np.uint8)
+
+
 def save_packed(
     path: str | os.PathLike,
-    model: CausalLM,
+    model: LanguageModel,
     tokenizer: dict,
     *,
     plain: str = "float32",
@@ -158,17 +173,19 @@ def save_packed(
 ) -> SizeReport:
     """Write the file, whole or not at all, and say how large it became."""
     entries, streams = encode_model(model, plain)
+    files = tokenizer.get("files")
+    tokenizer = {k: v for k, v in tokenizer.items() if k != "files"}
     header = {
         "format": FORMAT,
         "version": VERSION,
-        "config": model.config.to_dict(),
+        "config": model.describe(),
         "tokenizer": tokenizer,
         "tensors": entries,
         "notes": notes or {},
     }
-    members: dict[str, np.ndarray] = {
-        "header": np.frombuffer(json.dumps(header, separators=(",", ":")).encode(), np.uint8)
-    }
+    members: dict[str, np.ndarray] = {"header": as_bytes(header)}
+    if files is not None:
+        members["tokenizer"] = as_bytes(files)
     members.update({k: np.concatenate(v) for k, v in streams.items()})
     # numpy before 2.1 would store allow_pickle=False as one more member, so it is not given
     atomic_write(path, lambda f: np.savez_compressed(f, **members))  # type: ignore[arg-type]
@@ -188,7 +205,7 @@ def save_packed(
 # ------------------------------------------------------------------------------------- the reader
 
 
-def load_packed(path: str | os.PathLike) -> tuple[CausalLM, dict, dict]:
+def load_packed(path: str | os.PathLike) -> tuple[LanguageModel, dict, dict]:
     """(model with dequantised float32 weights, tokenizer description, notes).
 
     Sizes are checked against the header before anything of that size is read. Raises UserError
@@ -205,9 +222,9 @@ def load_packed(path: str | os.PathLike) -> tuple[CausalLM, dict, dict]:
         raise UserError(f"{path} is damaged, or not a packed model: {e}") from e
 
 
-def _read(z: zipfile.ZipFile, origin: str) -> tuple[CausalLM, dict, dict]:
+def _read(z: zipfile.ZipFile, origin: str) -> tuple[LanguageModel, dict, dict]:
     infos = {i.filename: i for i in z.infolist()}
-    known = {f"{k}.npy" for k in (*STREAM_DTYPES, "header")}
+    known = {f"{k}.npy" for k in (*STREAM_DTYPES, "header", "tokenizer")}
     if len(infos) != len(z.infolist()) or not set(infos) <= known or "header.npy" not in infos:
         raise UserError(f"{origin}: not a packed model (its members are not the format's)")
     if infos["header.npy"].file_size > MAX_HEADER:
@@ -218,9 +235,17 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[CausalLM, dict, dict]:
             f"{origin}: format {header.get('format')!r} version "
             f"{header.get('version')!r}, expected {FORMAT} {VERSION}"
         )
-    config = read_config(header["config"], origin)
-    if not isinstance(header["tokenizer"], dict) or not isinstance(header["notes"], dict):
+    theirs = header["config"].get("transformers")
+    config = read_config(header["config"], origin) if theirs is None else None
+    tokenizer = header["tokenizer"]
+    if not isinstance(tokenizer, dict) or not isinstance(header["notes"], dict):
         raise UserError(f"{origin}: tokenizer or notes missing")
+    beside = {"header.npy"} | ({"tokenizer.npy"} & set(infos))
+    if "tokenizer.npy" in beside:
+        if infos["tokenizer.npy"].file_size > MAX_TOKENIZER:
+            raise UserError(f"{origin}: tokenizer too large")
+        text = _member(z, "tokenizer", np.uint8, None, MAX_TOKENIZER).tobytes()
+        tokenizer = {**tokenizer, "files": json.loads(text)}
 
     plan: dict[str, int] = {}
     total = 0
@@ -238,7 +263,7 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[CausalLM, dict, dict]:
             if len(shape) != 2 or entry["scales"] not in (1, shape[0]):
                 raise UserError(f"{origin}: scales of {entry['name']} do not fit its shape")
             plan["scales"] = plan.get("scales", 0) + entry["scales"]
-    if total > MAX_WEIGHTS or {f"{k}.npy" for k in plan} | {"header.npy"} != set(infos):
+    if total > MAX_WEIGHTS or {f"{k}.npy" for k in plan} | beside != set(infos):
         raise UserError(f"{origin}: streams do not match the header")
     for kind, count in plan.items():
         nbytes = count * np.dtype(STREAM_DTYPES[kind]).itemsize
@@ -270,10 +295,17 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[CausalLM, dict, dict]:
         if entry["name"] in state:
             raise UserError(f"{origin}: tensor {entry['name']} occurs twice")
         state[entry["name"]] = torch.from_numpy(value)
-    return build_model(config, state, origin), header["tokenizer"], header["notes"]
+    model: LanguageModel = (
+        build_transformers(theirs, state, origin)
+        if config is None
+        else build_model(config, state, origin)
+    )
+    return model, tokenizer, header["notes"]
 
 
-def _member(z: zipfile.ZipFile, name: str, dtype: type, count: int | None) -> np.ndarray:
+def _member(
+    z: zipfile.ZipFile, name: str, dtype: type, count: int | None, limit: int = MAX_HEADER
+) -> np.ndarray:
     with z.open(f"{name}.npy") as f:
         version = np.lib.format.read_magic(f)
         read = {
@@ -283,7 +315,7 @@ def _member(z: zipfile.ZipFile, name: str, dtype: type, count: int | None) -> np
         shape, _, found = read(f)
         if found != np.dtype(dtype) or len(shape) != 1 or (count is not None and shape != (count,)):
             raise ValueError(f"member {name}: {found} of shape {shape}")
-        limit = MAX_HEADER if count is None else count * found.itemsize
+        limit = limit if count is None else count * found.itemsize
         data = f.read(limit + 1)
         if len(data) != shape[0] * found.itemsize:
             raise ValueError(f"member {name}: wrong length")

@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowbit import UserError
+from lowbit.models.interface import Features, LanguageModel
 
 
 @dataclass(frozen=True)
@@ -175,15 +176,9 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
-@dataclass
-class Output:
-    logits: torch.Tensor  # (B, T, V)
-    hidden_states: list[torch.Tensor]  # after every block, each (B, T, C)
-    cache: list[KV]  # keys and values so far, each (B, H_kv, T, D), one pair a layer
-
-
-class CausalLM(nn.Module):
-    """The decoder with its head: ids (B, T) -> logits (B, T, V)."""
+class CausalLM(LanguageModel):
+    """The decoder with its head: ids (B, T) -> logits (B, T, V). Its cache is a list with a pair of
+    keys and values, each (B, H_kv, T, D), for every layer."""
 
     cos: torch.Tensor  # (max_position_embeddings, D)
     sin: torch.Tensor
@@ -191,6 +186,8 @@ class CausalLM(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.vocab_size, self.hidden_size = config.vocab_size, config.hidden_size
+        self.max_positions = config.max_position_embeddings
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -216,8 +213,25 @@ class CausalLM(nn.Module):
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
         return self
 
-    def forward(self, ids: torch.Tensor, cache: list[KV] | None = None) -> Output:
-        """ids (B, T) of the positions that follow ``cache`` (or start the text) -> Output.
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    @property
+    def output(self) -> nn.Linear | None:
+        return None if self.config.tie_word_embeddings else self.lm_head
+
+    def describe(self) -> dict:
+        return self.config.to_dict()
+
+    def features(
+        self, ids: torch.Tensor, cache: list[KV] | None = None, *, keep: bool = False
+    ) -> Features:
+        """As the interface says; the cache is always there.
 
         Raises ValueError where cache and ids together pass max_position_embeddings.
         """
@@ -234,12 +248,4 @@ class CausalLM(nn.Module):
             x, present = layer(x, cos, sin, cache[i] if cache else None)
             hidden.append(x)
             presents.append(present)
-        return Output(self.head(self.model.norm(x)), hidden, presents)
-
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Hidden states (B, T, C) -> logits (B, T, V)."""
-        if not self.config.tie_word_embeddings:
-            return self.lm_head(x)
-        embedding = self.model.embed_tokens
-        tied = getattr(embedding, "quantized_weight", None)  # of a QATEmbedding
-        return F.linear(x, tied() if callable(tied) else embedding.weight)
+        return Features(self.model.norm(x), hidden, presents)

@@ -14,7 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lowbit.models.decoder import LINEAR_NAMES, CausalLM
+from lowbit.models.decoder import CausalLM
+from lowbit.models.interface import LanguageModel
 
 MODES = ("ternary", "1bit")
 SCOPES = ("row", "tensor")
@@ -216,25 +217,49 @@ class QATEmbedding(nn.Embedding):
 
 
 def quantize_model(
-    model: CausalLM, mode: str, *, scope: str = "row", learnable_scale: bool = False
-) -> CausalLM:
-    """Replace, in place, every linear layer of the blocks by `QATLinear` and the embedding by
-    `QATEmbedding`. Latent parameters keep their names and identity. An untied head becomes a
-    `QATLinear` too only if it is named in LINEAR_NAMES (it is not): it stays float."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if name in LINEAR_NAMES and type(child) is nn.Linear:
-                setattr(module, name, QATLinear.from_linear(child, mode, scope, learnable_scale))
-            elif type(child) is nn.Embedding:
-                new = QATEmbedding(child.num_embeddings, child.embedding_dim, _weight=child.weight)
-                new.weight = child.weight
-                setattr(module, name, new)
+    model: LanguageModel, mode: str, *, scope: str = "row", learnable_scale: bool = False
+) -> LanguageModel:
+    """Replace, in place, every linear layer of the blocks by `QATLinear`, and the embedding of the
+    plain decoder by `QATEmbedding`, whose untied head stays float. Latent parameters keep their
+    names and identity. Embedding and head of other decoders are held in 8 bits, frozen."""
+    for block in model.blocks:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is nn.Linear:
+                    layer = QATLinear.from_linear(child, mode, scope, learnable_scale)
+                    setattr(module, name, layer)
+    if isinstance(model, CausalLM):
+        old = model.embedding
+        new = QATEmbedding(old.num_embeddings, old.embedding_dim, _weight=old.weight)
+        new.weight = old.weight
+        model.model.embed_tokens = new
+    else:
+        for held in (model.embedding, model.output):
+            if held is not None:
+                hold_in_bytes(held)
     return model
+
+
+@torch.no_grad()
+def hold_in_bytes(layer: nn.Embedding | nn.Linear) -> None:
+    """Round a layer's weight to 8 bits, one scale a row, and freeze it: of a large vocabulary a
+    short run sees too little to train the embedding, and so rounding costs nothing a step."""
+    codes, scale = byte_codes(layer.weight)
+    layer.weight.copy_(codes.mul_(scale))
+    layer.weight.requires_grad_(False)
+    layer.held_in_bytes = True  # type: ignore[assignment]
 
 
 def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear | QATEmbedding]]:
     for name, module in model.named_modules():
         if isinstance(module, (QATLinear, QATEmbedding)):
+            yield name, module
+
+
+def byte_layers(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | nn.Linear]]:
+    """What `hold_in_bytes` froze."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.Linear)) and hasattr(module, "held_in_bytes"):
             yield name, module
 
 

@@ -11,12 +11,12 @@ import numpy as np
 from lowbit import UserError
 from lowbit.text import documents as sources
 from lowbit.text.documents import Document
-from lowbit.text.tokenizers import ByteTokenizer
+from lowbit.text.tokenizers import Tokenizer
 
 
 @dataclass
 class Corpus:
-    """Token windows of one length, as (n, seq_len + 1) uint8: inputs and next-token labels."""
+    """Token windows of one length, as (n, seq_len + 1): inputs and next-token labels."""
 
     train: np.ndarray
     validation: np.ndarray
@@ -25,7 +25,7 @@ class Corpus:
     fingerprint: str  # sha256 over all tokens of both parts, first 16 hex digits
 
 
-def token_stream(documents: Iterable[Document], tokenizer: ByteTokenizer) -> np.ndarray:
+def token_stream(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndarray:
     return tokenizer.encode("\n\n".join(text for _, text in documents))
 
 
@@ -38,7 +38,7 @@ def windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
     return tokens[starts + np.arange(seq_len + 1)]
 
 
-def load_corpus(paths: Sequence[str], seq_len: int, tokenizer: ByteTokenizer) -> Corpus:
+def load_corpus(paths: Sequence[str], seq_len: int, tokenizer: Tokenizer) -> Corpus:
     """Documents (the standard library's documentation where ``paths`` is empty) -> Corpus.
 
     Raises UserError where the text is too short for one training and one validation window.

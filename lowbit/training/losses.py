@@ -7,22 +7,32 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from lowbit.models.interface import LanguageModel
+
+LOGITS_AT_ONCE = 1 << 24  # of each model: 64 MiB in float32
+
 
 def distillation_terms(
-    student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float,
+    *,
+    each: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, T, V) twice and labels (B, T) -> (cross-entropy, KL), each (B,), nats a token.
+    """Logits (B, T, V) twice and labels (B, T) -> (cross-entropy, KL), nats a token: (B,), or with
+    ``each`` (B, T), of every token.
 
     KL = tau^2 sum_v p_tau log(p_tau / q_tau), p the teacher (Hinton et al., arXiv 1503.02531,
     section 2; tau^2 keeps the gradient's size). Means over positions, so neither depends on T.
     """
     log_q = F.log_softmax(student.float(), dim=-1)
-    ce = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(dim=1)
+    ce = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
     if temperature != 1.0:
         log_q = F.log_softmax(student.float() / temperature, dim=-1)
     log_p = F.log_softmax(teacher.float() / temperature, dim=-1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean(dim=1)
-    return ce, kl * temperature**2
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * temperature**2
+    return (ce, kl) if each else (ce.mean(dim=1), kl.mean(dim=1))
 
 
 def hidden_state_loss(
@@ -37,3 +47,123 @@ def hidden_state_loss(
         for s, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(terms).mean(dim=0)
+
+
+# --------------------------------------------------------------------------- large vocabularies
+
+
+class _ChunkedObjective(torch.autograd.Function):
+    """sum_i weights_i (alpha CE_i + (1 - alpha) KL_i) over N tokens, with its gradients taken in
+    the forward pass, chunk by chunk, so that logits of one chunk exist at a time (as in Liger,
+    arXiv 2410.10989). Also CE and KL of each token, without gradients."""
+
+    @staticmethod
+    def forward(ctx, final, weight, bias, student, teacher, target, labels, weights, rule):
+        alpha, temperature, chunk = rule
+        needed = ctx.needs_input_grad[:3]
+        d_final = torch.empty_like(final) if needed[0] else None
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] else None
+        ces, kls = [], []
+        for start in range(0, len(final), chunk):
+            part = slice(start, start + chunk)
+            reference = teacher(target[part])
+            leaves = [
+                x.detach().requires_grad_(n) if x is not None else None
+                for x, n in zip((final[part], weight, bias), needed, strict=True)
+            ]
+            with torch.enable_grad():
+                logits = student(*leaves)
+                ce, kl = distillation_terms(
+                    logits[None], reference[None], labels[None, part], temperature, each=True
+                )
+                loss = ((alpha * ce + (1 - alpha) * kl)[0] * weights[part]).sum()
+            wanted = [x for x in leaves if x is not None and x.requires_grad]
+            grads = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+            if d_final is not None:
+                d_final[part] = next(grads)
+            if d_weight is not None:
+                d_weight += next(grads)
+            if d_bias is not None:
+                d_bias += next(grads)
+            ces.append(ce[0].detach())
+            kls.append(kl[0].detach())
+        ctx.save_for_backward(d_final, d_weight, d_bias)
+        ce, kl = torch.cat(ces), torch.cat(kls)
+        ctx.mark_non_differentiable(ce, kl)
+        return ((alpha * ce + (1 - alpha) * kl) * weights).sum(), ce, kl
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        found = [None if x is None else x * grad for x in ctx.saved_tensors]
+        return (*found, None, None, None, None, None, None)
+
+
+def chunked_objective(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    final: torch.Tensor,
+    target: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    alpha: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`distillation_terms` where logits of all tokens would be large.
+
+    final and target: what the heads of student and teacher read, (B, T, C); labels (B, T); weights
+    (B,). Returns mean_b weights_b (alpha CE_b + (1 - alpha) KL_b), with gradients, and CE and KL,
+    (B,) each, without. At most LOGITS_AT_ONCE logits of each model exist at a time.
+    """
+    weight, bias = student.head_parameters()
+    theirs = teacher.head_parameters()
+    each = (weights / (labels.size(1) * len(labels))).float().repeat_interleave(labels.size(1))
+    total, ce, kl = _ChunkedObjective.apply(
+        final.flatten(0, 1),
+        weight,
+        bias,
+        student.logits,
+        lambda x: teacher.logits(x, *theirs),
+        target.flatten(0, 1),
+        labels.flatten(),
+        each,
+        (alpha, temperature, max(1, LOGITS_AT_ONCE // student.vocab_size)),
+    )
+    return total, ce.view(labels.shape).mean(1), kl.view(labels.shape).mean(1)
+
+
+@torch.no_grad()
+def chunked_terms(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    final: torch.Tensor,
+    target: torch.Tensor,
+    labels: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CE and KL, (B,) each, as `chunked_objective` takes them; temperature 1, no gradients."""
+    ones = torch.ones(len(labels), device=labels.device)
+    return chunked_objective(student, teacher, final, target, labels, ones, 0.5, 1.0)[1:]
+
+
+def weighted_mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    return values.mean() if weights is None else (values * weights).mean()
+
+
+def distillation_objective(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    final: torch.Tensor,
+    target: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor | None,
+    alpha: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`chunked_objective`, or the same from whole logits where these are few."""
+    if labels.numel() * student.vocab_size > LOGITS_AT_ONCE:
+        ones = torch.ones(len(labels), device=labels.device) if weights is None else weights
+        return chunked_objective(student, teacher, final, target, labels, ones, alpha, temperature)
+    with torch.no_grad():
+        wanted = teacher.head(target)
+    ce, kl = distillation_terms(student.head(final), wanted, labels, temperature)
+    return weighted_mean(alpha * ce + (1 - alpha) * kl, weights), ce, kl

@@ -1,20 +1,24 @@
 """A model's loss on held-out windows, and its distance from the teacher there.
 
-Windows are uint8 (n, T + 1); the teacher's logits on them are asked for once (`logits_of`).
+Windows are (n, T + 1) ids. Of the teacher only what its head reads is kept (`Reference`): its
+logits on 64 windows of 256 tokens would be gigabytes where the vocabulary is large.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from lowbit.models.decoder import CausalLM
-from lowbit.training.losses import distillation_terms
+from lowbit.models.interface import LanguageModel
+from lowbit.training.losses import LOGITS_AT_ONCE, chunked_terms, distillation_terms
 
-EVAL_BATCH = {"cpu": 16, "cuda": 128}  # windows
+EVAL_TOKENS = {"cpu": 2048, "cuda": 16384}  # at a time
 
 
 def batch_of(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,12 +34,9 @@ def pick_windows(windows: np.ndarray, count: int) -> np.ndarray:
     return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
 
 
-@torch.no_grad()
-def logits_of(model: CausalLM, windows: np.ndarray, device: torch.device) -> list[torch.Tensor]:
-    """Logits over windows (n, T + 1), in blocks of EVAL_BATCH windows."""
-    size = EVAL_BATCH[device.type]
-    blocks = range(0, len(windows), size)
-    return [model(batch_of(windows[i : i + size], device)[0]).logits for i in blocks]
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """The context in which models compute; None: float32."""
+    return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
 
 
 @dataclass
@@ -48,27 +49,46 @@ class Validation:
     kl: float
 
 
-@torch.no_grad()
-def validate(
-    model: CausalLM, windows: np.ndarray, reference: list[torch.Tensor], device: torch.device
-) -> Validation:
-    """A model on windows (n, T + 1); reference: the teacher's `logits_of` the same windows."""
-    ces, kls = [], []
-    ends = np.cumsum([len(block) for block in reference])
-    for part, target in zip(np.split(windows, ends[:-1]), reference, strict=True):
-        inputs, labels = batch_of(part, device)
-        ce, kl = distillation_terms(model(inputs).logits, target, labels, 1.0)
-        ces.append(ce)
-        kls.append(kl)
-    ce = torch.cat(ces).double()
-    error = float(ce.std(unbiased=False)) / math.sqrt(len(ce))
-    return Validation(float(ce.mean()), error, float(torch.cat(kls).double().mean()))
+class Reference:
+    """A teacher on held-out windows (n, T + 1): its loss there, and what students are compared
+    with."""
 
+    def __init__(
+        self,
+        teacher: LanguageModel,
+        windows: np.ndarray,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """dtype: what models compute in, None for float32."""
+        self.teacher, self.windows, self.device, self.dtype = teacher, windows, device, dtype
+        self.finals = [self._final(teacher, part) for part in self._parts()]
+        self.teacher_loss = self.validate(teacher).loss
 
-@torch.no_grad()
-def teacher_loss(windows: np.ndarray, reference: list[torch.Tensor]) -> float:
-    """The teacher's own mean cross-entropy on windows, from its `logits_of` them; nats a token."""
-    labels = torch.from_numpy(windows[:, 1:].astype(np.int64)).to(reference[0].device)
-    parts = labels.split([len(block) for block in reference])
-    terms = [distillation_terms(r, r, y, 1.0)[0] for r, y in zip(reference, parts, strict=True)]
-    return float(torch.cat(terms).double().mean())
+    def _parts(self) -> Iterator[np.ndarray]:
+        size = max(1, EVAL_TOKENS[self.device.type] // (self.windows.shape[1] - 1))
+        for i in range(0, len(self.windows), size):
+            yield self.windows[i : i + size]
+
+    @torch.no_grad()
+    def _final(self, model: LanguageModel, windows: np.ndarray) -> torch.Tensor:
+        with autocast(self.device, self.dtype):
+            return model.features(batch_of(windows, self.device)[0]).final
+
+    @torch.no_grad()
+    def validate(self, model: LanguageModel) -> Validation:
+        ces, kls = [], []
+        for part, target in zip(self._parts(), self.finals, strict=True):
+            labels = batch_of(part, self.device)[1]
+            final = target if model is self.teacher else self._final(model, part)
+            with autocast(self.device, self.dtype):
+                if labels.numel() * model.vocab_size > LOGITS_AT_ONCE:
+                    ce, kl = chunked_terms(model, self.teacher, final, target, labels)
+                else:
+                    logits, wanted = model.head(final), self.teacher.head(target)
+                    ce, kl = distillation_terms(logits, wanted, labels, 1.0)
+            ces.append(ce)
+            kls.append(kl)
+        ce = torch.cat(ces).double()
+        error = float(ce.std(unbiased=False)) / math.sqrt(len(ce))
+        return Validation(float(ce.mean()), error, float(torch.cat(kls).double().mean()))

@@ -1,0 +1,215 @@
+"""Decoders of the `transformers` library behind this project's interface.
+
+Teacher and student are the library's own modules, so that a family's details (grouped heads,
+biases, norms of queries and keys, sliding windows) are its authors' and not a second guess. What
+has not been tried here is refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from lowbit import UserError
+from lowbit.models.interface import Features, LanguageModel, accepts
+
+#: Families (``model_type``) whose conversion is tested.
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi",
+    "phi3",
+)  # fmt: skip
+
+
+def require(package: str, extra: str) -> Any:
+    """Import an optional package, or say in one line what to install."""
+    import importlib
+
+    try:
+        return importlib.import_module(package)
+    except ImportError as e:
+        raise UserError(
+            f"this needs the package {package.partition('.')[0]}: "
+            f'pip install "apl-hybrid[{extra}]" (or pip install {package.partition(".")[0]})'
+        ) from e
+
+
+def load_tokenizer(folder: Any) -> Any:
+    """The tokenizer of a model's folder. UserError where there is none."""
+    transformers = require("transformers", "hf")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # the library raises many types
+        raise UserError(
+            f"--teacher: {folder} has no tokenizer that transformers can load; copy its "
+            "tokenizer.json and tokenizer_config.json there"
+        ) from e
+
+
+class TransformersLM(LanguageModel):
+    """A `transformers` causal language model."""
+
+    def __init__(self, net: Any) -> None:
+        super().__init__()
+        config = net.config.get_text_config()
+        refuse_untried(config)
+        self.net = net
+        self.config = config
+        self.vocab_size = net.get_input_embeddings().num_embeddings
+        self.hidden_size = config.hidden_size
+        self.max_positions = getattr(config, "max_position_embeddings", 1 << 17)
+        head = net.get_output_embeddings()
+        self._tied = head is None or head.weight is net.get_input_embeddings().weight
+        self._cap = getattr(config, "final_logit_softcapping", None)
+        new = accepts(net.base_model.forward, "cache")  # its name since transformers 5.24
+        self._cache_name = "cache" if new else "past_key_values"
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        found = [
+            m
+            for m in self.net.base_model.children()
+            if isinstance(m, nn.ModuleList) and len(m) == self.config.num_hidden_layers
+        ]
+        if len(found) != 1:
+            raise UserError(f"--teacher: {self.config.model_type}: its blocks were not found")
+        return found[0]
+
+    @property
+    def stored(self) -> nn.Module:
+        return self.net
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.net.get_input_embeddings()
+
+    @property
+    def output(self) -> nn.Linear | None:
+        return None if self._tied else self.net.get_output_embeddings()
+
+    def logits(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        logits = super().logits(x, weight, bias)
+        return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
+
+    def describe(self) -> dict[str, Any]:
+        return {"transformers": json.loads(self.net.config.to_json_string(use_diff=False))}
+
+    def features(self, ids: torch.Tensor, cache: Any = None, *, keep: bool = False) -> Features:
+        hidden: list[torch.Tensor] = []
+
+        def note(block: nn.Module, args: tuple, output: Any) -> None:
+            hidden.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [b.register_forward_hook(note) for b in self.blocks]
+        try:
+            extra = {self._cache_name: cache} if cache is not None else {}
+            out = self.net.base_model(ids, use_cache=keep, **extra)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return Features(out.last_hidden_state, hidden, getattr(out, self._cache_name, None))
+
+
+def refuse_untried(config: Any) -> None:
+    """UserError for a configuration of a family that was not tried here."""
+    refuse_kind(getattr(config, "model_type", None))
+
+
+def refuse_kind(kind: object) -> None:
+    if kind not in FAMILIES:
+        raise UserError(
+            f"--teacher: a model of type {kind!r} cannot be converted; tried are "
+            f"{', '.join(FAMILIES)}"
+        )
+
+
+def check_head(model: TransformersLM) -> None:
+    """UserError where features and head do not add up to the library's own logits."""
+    ids = torch.arange(4, device=model.embedding.weight.device)[None] % model.vocab_size
+    with torch.no_grad():
+        ours, theirs = model(ids).logits.float(), model.net(ids).logits.float()
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.std())):
+        raise UserError(
+            f"--teacher: {model.config.model_type}: its logits are more than its head's output; "
+            "this model cannot be converted"
+        )
+
+
+def clone(model: TransformersLM, layers: list[int] | None = None) -> TransformersLM:
+    """A trainable copy in float32, of some of its layers only where ``layers`` names them."""
+    net = copy.deepcopy(model.net)
+    if layers is not None:
+        new = TransformersLM(net)
+        kept = nn.ModuleList(new.blocks[i] for i in layers)
+        for name, child in net.base_model.named_children():
+            if child is new.blocks:
+                setattr(net.base_model, name, kept)
+                break
+        for i, block in enumerate(kept):
+            for m in block.modules():
+                if hasattr(m, "layer_idx"):
+                    m.__dict__["layer_idx"] = i
+        config = net.config.get_text_config()
+        config.num_hidden_layers = len(kept)
+        for name in ("layer_types", "no_rope_layers"):  # a value a layer
+            values = getattr(config, name, None)
+            if values:
+                setattr(config, name, [values[i] for i in layers])
+    return TransformersLM(net.float().requires_grad_(True))
+
+
+def from_config(values: dict[str, Any]) -> TransformersLM:
+    """A model of this shape with weights yet to come. UserError for a shape that cannot be."""
+    transformers = require("transformers", "hf")
+    try:
+        values = dict(values)
+        config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
+        refuse_untried(config.get_text_config())
+        config.dtype = "float32"
+        return TransformersLM(transformers.AutoModelForCausalLM.from_config(config))
+    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as e:
+        raise UserError(f"not a model's configuration that transformers knows: {e}") from e
+
+
+def build_transformers(
+    values: dict[str, Any], state: dict[str, torch.Tensor], origin: str
+) -> TransformersLM:
+    """A model from named float tensors, of tied ones the first; names and shapes must match.
+
+    They are compared before memory for the model is taken.
+    """
+    with torch.device("meta"):
+        shape = from_config(values).net
+    tied = set(shape.all_tied_weights_keys or ())
+    expected = {k: tuple(v.shape) for k, v in shape.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in state.items()}
+    odd = [
+        k
+        for k in sorted(expected.keys() | found.keys())
+        if expected.get(k) != found.get(k) and not (k in tied and k not in found)
+    ]
+    if odd:
+        raise UserError(f"{origin}: tensor {odd[0]} is missing, unknown or of the wrong shape")
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{origin}: tensor {name} holds values that are not finite")
+    model = from_config(values)
+    model.net.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    model.net.tie_weights()
+    return model
+
+
+def save_folder(folder: Path, model: TransformersLM, tokenizer_files: dict[str, str]) -> Path:
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads: the weights as they are, in
+    float32, and the tokenizer's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.net.save_pretrained(folder)
+    for name, text in tokenizer_files.items():
+        (folder / name).write_text(text, "utf-8")
+    return folder

