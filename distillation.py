@@ -41,7 +41,6 @@ from lowbit.models.student import make_student, settle_student
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import TransformersLM, save_folder
 from lowbit.options import (
-    STEPS_PER_EPOCH,
     WARMUP_FRACTION,
     default,
     parse_options,
@@ -55,13 +54,20 @@ from lowbit.text.corpus import Corpus, load_corpus
 from lowbit.text.sampler import StratifiedSampler
 from lowbit.text.tokenizers import Tokenizer
 from lowbit.training.baselines import Baseline
+from lowbit.training.estimate import (
+    CALIBRATION_PASSES,
+    GIB,
+    STEP_PASSES,
+    Estimate,
+    memory_available,
+    memory_needed,
+    seconds_a_token,
+    weights,
+)
 from lowbit.training.losses import distillation_objective, hidden_state_loss, weighted_mean
-from lowbit.training.validation import Reference, Validation, autocast, batch_of, pick_windows
+from lowbit.training.validation import Best, Reference, Validation, autocast, batch_of, pick_windows
 
-CALIBRATION_TOKENS = 32768
 CALIBRATION_BATCH = 8  # windows at a time
-QUICK_TOKENS = 8192  # of validation after an epoch
-FINAL_TOKENS = 32768  # of validation at the end
 MAX_CONSECUTIVE_SKIPS = 20
 SAMPLE_PROMPT = {"byte": "Return the ", "token": "Return the"}
 SAMPLE_TOKENS = {"byte": 200, "token": 60}
@@ -109,6 +115,10 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
         raise UserError("--calibrate with --qat needs --student_init teacher: nothing to round yet")
     if o.calibrate is None:
         o.calibrate = o.hybrid and converts and not o.learnable_scale
+    blocks = o.student_layers or len(teacher.blocks)
+    if sum(o.blocks_8bit) >= blocks:
+        first, last = o.blocks_8bit
+        raise UserError(f"--blocks_8bit {first} {last}: of {blocks} blocks none would be left")
 
 
 def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | None:
@@ -118,13 +128,18 @@ def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | 
     return torch.bfloat16 if fast else None
 
 
+def quantize(o: argparse.Namespace, student: LanguageModel) -> None:
+    first, last = o.blocks_8bit
+    quantize_model(student, o.mode, learnable_scale=o.learnable_scale, first=first, last=last)
+
+
 def calibrate_student(
     o: argparse.Namespace, student: LanguageModel, original: LanguageModel, corpus: Corpus
 ) -> None:
     """Round a student that holds the original's weights, by windows of the seed's choice."""
     device = student.embedding.weight.device
     order = np.random.default_rng(o.seed).permutation(len(corpus.train))
-    windows = corpus.train[order[: math.ceil(CALIBRATION_TOKENS / o.seq_len)]]
+    windows = corpus.train[order[: math.ceil(o.calibration_tokens / o.seq_len)]]
     ids = batch_of(windows, device)[0]
     batches = [*ids.split(CALIBRATION_BATCH)]
     large = isinstance(student, TransformersLM)
@@ -151,7 +166,29 @@ def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Pat
     return paths
 
 
-def set_up(o: argparse.Namespace) -> Setup:
+def estimate(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estimate:
+    """What a run from a `transformers` teacher will take. UserError where memory is too short."""
+    device = teacher.embedding.weight.device
+    ids = batch_of(corpus.train[: o.batch_size], device)[0]
+    with autocast(device, choose_dtype(device, teacher)):
+        second = seconds_a_token(teacher, ids)
+    steps = o.epochs * math.ceil((o.samples_per_epoch or len(corpus.train)) / o.batch_size)
+    tokens = STEP_PASSES * steps * ids.numel() + CALIBRATION_PASSES * o.calibration_tokens * bool(
+        o.calibrate
+    )
+    trained = weights(teacher) - weights(teacher.embedding)
+    needed = memory_needed(teacher, ids.numel(), trained=trained)
+    # The teacher is in memory already.
+    found = Estimate(needed, memory_available(device) + 4 * weights(teacher), tokens * second)
+    if found.memory > found.available:
+        raise UserError(
+            f"--teacher {o.teacher}: the run needs about {found.memory / GIB:.1f} GiB of memory, "
+            f"{found.available / GIB:.1f} are free; a smaller --batch_size or --seq_len needs less"
+        )
+    return found
+
+
+def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> Setup:
     device = choose_device(o.device)
     torch.manual_seed(o.seed)
     if device.type == "cpu":
@@ -175,15 +212,17 @@ def set_up(o: argparse.Namespace) -> Setup:
     if o.hybrid and o.use_clustering and o.data_clusters > n:
         raise UserError(f"--data_clusters {o.data_clusters}: the text has only {n} windows")
     if o.samples_per_epoch is None:
-        o.samples_per_epoch = min(STEPS_PER_EPOCH * o.batch_size, n)
+        o.samples_per_epoch = min(o.steps_per_epoch * o.batch_size, n)
     if o.samples_per_epoch > n:
         raise UserError(f"--samples_per_epoch {o.samples_per_epoch}: the text has {n} windows")
     teacher = teacher.to(device)
+    if isinstance(teacher, TransformersLM):
+        say(estimate(o, teacher, corpus).line())
     student = make_student(o, teacher).to(device)
     if o.qat:
         same = student.describe() == teacher.describe()
         original = teacher if same or not o.calibrate else copy.deepcopy(student)
-        quantize_model(student, o.mode, learnable_scale=o.learnable_scale)
+        quantize(o, student)
         if o.calibrate:
             calibrate_student(o, student, original, corpus)
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
@@ -334,8 +373,13 @@ def train(
             parts += " and auxiliary NN guidance" if parts else " with auxiliary NN guidance"
         say(f"Initialized hybrid optimization{parts}")
 
-    quick = pick_windows(s.corpus.validation, math.ceil(QUICK_TOKENS / o.seq_len))
+    quick = pick_windows(s.corpus.validation, math.ceil(o.quick_tokens / o.seq_len))
     reference = Reference(s.teacher, quick, s.device, s.dtype)
+    best = None
+    if manager and o.qat and o.student_init == "teacher":  # the start is good: never end behind it
+        best = Best(s.student)
+        best.see(reference.validate(s.student).loss)
+        start = best.loss
     optimizer = manager or Baseline(o, s.student, s.max_steps)
     baseline = optimizer if isinstance(optimizer, Baseline) else None
     step = make_step(s, optimizer, clusters)
@@ -376,6 +420,8 @@ def train(
                     found = reference.validate(s.student)
                 row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
                 row["val_kl"], row["val_loss_teacher"] = found.kl, reference.teacher_loss
+                if best:
+                    best.see(found.loss)
             row["lr"] = float(np.mean([r.lr for r in results]))
             if manager:
                 row["lr_multiplier"] = float(np.mean([r.control["lr_multiplier"] for r in results]))
@@ -399,6 +445,13 @@ def train(
             after_epoch((epoch + 1) / o.epochs)
     if baseline:
         baseline.use_averaged()
+    if best:
+        if found.loss > best.loss:
+            best.restore()
+        say(
+            f"Validation loss of the quantized student: {start:.4f} before training, "
+            f"{best.loss:.4f} after"
+        )
     summary = manager.get_summary() if manager else {"total_steps": t}
     summary["final_loss"] = rows[-1]["train_loss"]
     return rows, summary
@@ -408,7 +461,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     """Write the student's files, then measure the quantised student as read back from its file."""
     o = s.options
     paths = output_paths(o, s.student)
-    windows = pick_windows(s.corpus.validation, math.ceil(FINAL_TOKENS / o.seq_len))
+    windows = pick_windows(s.corpus.validation, math.ceil(o.final_tokens / o.seq_len))
     reference = Reference(s.teacher, windows, s.device, s.dtype)
     with latent(s.student):
         full = reference.validate(s.student)
@@ -424,7 +477,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
         save_float32(paths["float32"], s.student.config, state, vocabulary)
     if not o.qat:
         unrounded = copy.deepcopy(s.student)
-        quantize_model(s.student, o.mode)
+        quantize(o, s.student)
         if o.calibrate:
             calibrate_student(o, s.student, unrounded, s.corpus)
     notes = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
@@ -450,6 +503,10 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
         f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a linear weight, scales "
         "included; the embedding is held in 8 bits"
     )
+    if isinstance(student, TransformersLM):
+        first, last = o.blocks_8bit
+        parts = [f"{k} {n:,} weights, {b:,} bytes" for k, (n, b) in size.parts.items()]
+        say(f"Stored as: {'; '.join(parts)}; int8: embedding, head, {first} + {last} blocks")
     prompt = SAMPLE_PROMPT[unit]
     ids = generate(student, s.tokenizer.encode(prompt), SAMPLE_TOKENS[unit], seed=o.seed)
     say(f"Sample: {prompt}{s.tokenizer.decode(ids)}")
@@ -474,7 +531,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
 
     try:
-        setup = set_up(parse_options(sys.argv[1:] if argv is None else argv))
+        setup = set_up(parse_options(sys.argv[1:] if argv is None else argv), say)
         rows, summary = train(setup, say)
         for line in summary_lines(summary, hybrid=setup.options.hybrid):
             say(line)

@@ -31,10 +31,18 @@ BY_START: dict[str, dict[str, tuple[Any, Any]]] = {
     # It does not pay in a conversion: EXPERIMENTS.md.
     "use_matrix_geometry": {"others": (False, True)},
 }
+STEPS_PER_EPOCH = 16  # of a run of bytes
 #: Defaults that depend on the teacher's vocabulary: (bytes, a tokenizer's).
-BY_TEACHER: dict[str, tuple[int, int]] = {"seq_len": (128, 256), "batch_size": (8, 4)}
+BY_TEACHER: dict[str, tuple[Any, Any]] = {
+    "seq_len": (128, 256),
+    "batch_size": (8, 4),
+    "blocks_8bit": ([0, 0], [1, 1]),
+    "calibration_tokens": (32768, 16384),
+    "steps_per_epoch": (STEPS_PER_EPOCH, 7),  # 20 epochs of SmolLM2 on two cores: 20 minutes
+    "quick_tokens": (8192, 2048),  # of validation after an epoch
+    "final_tokens": (32768, 8192),  # of validation at the end
+}
 WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
-STEPS_PER_EPOCH = 16
 ADAMW_MOMENTUM = 0.9  # of what muon leaves to AdamW
 
 
@@ -125,10 +133,24 @@ def make_parser() -> Parser:
         f"--qat {_by_start('quant_warmup')}",
     )
     g.add_argument(
+        "--blocks_8bit",
+        type=_number(int, 0),
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="so many blocks at either end have weights of 8 bits (default 0 0 for bytes, 1 1 for "
+        "a teacher's own vocabulary)",
+    )
+    g.add_argument(
         "--calibrate",
         help="round with second-order information where a float model is converted: at the start "
         "with --qat and --student_init teacher, at the end without --qat (true with --hybrid)",
         **switch,
+    )
+    g.add_argument(
+        "--calibration_tokens",
+        type=count,
+        metavar="N",
+        help="of training text to round by (default 32768 for bytes, 16384 for others)",
     )
     g.add_argument(
         "--teacher",
@@ -175,7 +197,8 @@ def make_parser() -> Parser:
         "--samples_per_epoch",
         type=_number(int, 0),
         metavar="N",
-        help=f"windows an epoch, 0 = all (default {STEPS_PER_EPOCH} x batch_size)",
+        help="windows an epoch, 0 = all (default "
+        + "{} x batch_size for bytes, {} x for others)".format(*BY_TEACHER["steps_per_epoch"]),
     )
 
     g = parser.add_argument_group("training")
@@ -367,7 +390,7 @@ def default(name: str, method: str, start: str) -> Any:
 def settle_by_teacher(o: argparse.Namespace, vocabulary: str) -> None:
     """Fill in what was not given and depends on the teacher; vocabulary: "bytes" or another."""
     for name, (of_bytes, of_tokens) in BY_TEACHER.items():
-        if getattr(o, name) is None:
+        if getattr(o, name, None) is None:
             setattr(o, name, of_bytes if vocabulary == "bytes" else of_tokens)
 
 

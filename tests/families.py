@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,60 @@ def tiny_folder(folder: Path, kind: str, **changes: Any) -> Path:
     tiny_net(kind, **changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def write_gguf(path: Path, quantization: str = "Q8_0") -> Path:
+    """A tiny Llama as GGUF, written with the format's own library."""
+    import gguf
+
+    net = tiny_net("llama", vocab_size=300)
+    state = {k: v.numpy() for k, v in net.state_dict().items()}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(3)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(16)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(300)
+    tokenizer = tiny_tokenizer(300)
+    vocabulary = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3, 3] + [1] * (len(vocabulary) - 2))
+    writer.add_token_merges([" ".join(m) for m in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = {
+        "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
+    }  # fmt: skip
+    parts = {
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for i in range(3):
+        names |= {f"model.layers.{i}.{k}.weight": f"blk.{i}.{v}.weight" for k, v in parts.items()}
+    kind = gguf.GGMLQuantizationType[quantization]
+    for name, value in state.items():
+        if name == "lm_head.weight":
+            continue
+        for part, heads in (("q_proj", 4), ("k_proj", 2)):
+            if part in name:  # the llama architecture's order of rotary pairs
+                rows = value.reshape(heads, 2, value.shape[0] // heads // 2, -1)
+                value = rows.swapaxes(1, 2).reshape(value.shape)
+        if value.ndim == 2:
+            writer.add_tensor(names[name], gguf.quantize(value, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(names[name], value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -126,7 +126,7 @@ def test_a_calibrated_student_is_closer_to_its_teacher(mode):
 
     before = kl()
     names = {n: p.shape for n, p in student.named_parameters()}
-    calibrate(student, teacher, ids)
+    calibrate(student, teacher, [ids])
     assert kl() < 0.85 * before  # random weights and ids: little to gain
     assert {n: p.shape for n, p in student.named_parameters()} == names
     for m in student.modules():
@@ -138,7 +138,7 @@ def test_a_calibrated_student_is_closer_to_its_teacher(mode):
 def test_teacher_is_left_alone():
     teacher, student, ids = small_models("ternary")
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    calibrate(student, teacher, ids)
+    calibrate(student, teacher, [ids])
     assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
     assert not any(m._forward_hooks for m in [*teacher.modules(), *student.modules()])
 
@@ -146,7 +146,41 @@ def test_teacher_is_left_alone():
 def test_refusals():
     teacher, _, ids = small_models("ternary")
     with pytest.raises(ValueError, match="no low-bit layers"):
-        calibrate(teacher, teacher, ids)
+        calibrate(teacher, teacher, [ids])
     wide = CausalLM(ModelConfig(hidden_size=64, intermediate_size=48, num_hidden_layers=2))
     with pytest.raises(ValueError, match="shape"):
-        calibrate(wide, teacher, ids)
+        calibrate(wide, teacher, [ids])
+
+
+@given(scale=st.floats(1e-6, 1e6), seed=st.integers(0, 100))
+def test_token_weights_make_every_token_as_heavy(scale, seed):
+    """Weight times mean square is the same for all tokens; the mean weight is 1; a common factor
+    changes nothing; a token of zeros does not count without bounds."""
+    g = torch.Generator().manual_seed(seed)
+    stream = torch.randn(2, 5, 64, generator=g) * torch.rand(2, 5, 1, generator=g).add(0.3)
+    stream[0, 0] *= 1000
+    weights = calibration.token_weights(stream)
+    heavy = (weights * stream.square().mean(-1, keepdim=True)).flatten()
+    torch.testing.assert_close(heavy, heavy[:1].expand(10), rtol=1e-4, atol=0)
+    assert weights.mean().item() == pytest.approx(1, rel=1e-5)
+    empty = stream.clone()
+    empty[1, 1] = 0
+    others = calibration.token_weights(empty).flatten()
+    usual = empty.square().mean(-1).flatten().median(0).indices
+    assert others[6].item() == pytest.approx(100 * others[usual].item(), rel=1e-5)
+    torch.testing.assert_close(
+        calibration.token_weights(stream * scale), weights, rtol=1e-4, atol=0
+    )
+
+
+def test_blocks_of_8_bits_are_refitted_and_nearly_exact():
+    teacher, _, ids = small_models("ternary")
+    student = CausalLM(teacher.config)
+    student.load_state_dict(teacher.state_dict())
+    quantize_model(student, "ternary", first=1)
+    kinds = [{m.mode for m in b.modules() if isinstance(m, QATLinear)} for b in student.blocks]
+    assert kinds == [{"int8"}, {"ternary"}]
+    calibrate(student, teacher, [ids])
+    with torch.no_grad():
+        s, t = student(ids).hidden_states[0], teacher(ids).hidden_states[0]
+    assert (s - t).norm() < 0.02 * t.norm()

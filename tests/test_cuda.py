@@ -140,7 +140,7 @@ def test_calibration_is_that_of_a_cpu(mode):
         teacher = CausalLM(config).initialise(0).to(device)
         student = CausalLM(config).initialise(0).to(device)
         codes.append(
-            snapshot_codes(calibrate(quantize_model(student, mode), teacher, ids.to(device)))
+            snapshot_codes(calibrate(quantize_model(student, mode), teacher, [ids.to(device)]))
         )
     for name, there in codes[0].items():
         # Rounding with feedback carries a tie that falls the other way along its row.

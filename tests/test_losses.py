@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowbit.models.interface import LanguageModel
+from lowbit.training import losses
 from lowbit.training.losses import distillation_terms, hidden_state_loss
 
 
@@ -137,11 +142,11 @@ def test_hidden_loss_closed_forms() -> None:
 
 
 def test_hidden_loss_formula() -> None:
-    """Mean over blocks of the mean square error a window over the batch's mean square."""
+    """Mean over blocks and positions of the square error over the teacher's square."""
     student, teacher = hidden(1), hidden(2)
     want = np.mean(
         [
-            ((s - t) ** 2).mean((1, 2)) / (t**2).mean()
+            (((s - t) ** 2).sum(2) / (t**2).sum(2)).mean(1)
             for s, t in ((a.double().numpy(), b.double().numpy())
                          for a, b in zip(student, teacher, strict=True))
         ],
@@ -161,7 +166,93 @@ def test_hidden_loss_is_dimensionless_and_ignores_repeats() -> None:
         torch.testing.assert_close(got, want.repeat(dims[0]))
 
 
+def test_a_huge_token_owns_only_itself() -> None:
+    """The rest of its window, and every other window, count as before."""
+    student, teacher = hidden(1), hidden(2)
+    want = hidden_state_loss(student, teacher)
+    for h in (*student, *teacher):
+        h[0, 0] *= 1e4
+    got = hidden_state_loss(student, teacher)
+    torch.testing.assert_close(got, want)  # 1e4 is in both
+
+
 def test_hidden_loss_needs_as_many_blocks() -> None:
     """A student of another depth is a mistake, not a shorter sum."""
     with pytest.raises(ValueError, match="argument"):
         hidden_state_loss(hidden(0)[:2], hidden(0))
+
+
+# --------------------------------------------------------------------------- large vocabularies
+
+
+class Head(LanguageModel):
+    """A head with a bias, and a cap on its logits, and nothing else."""
+
+    def __init__(self, vocabulary: int, size: int, cap: float, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.vocab_size, self.cap, self.asked = vocabulary, cap, []
+        self.layer = nn.Linear(size, vocabulary)
+        with torch.no_grad():
+            for p in self.layer.parameters():
+                p.copy_(torch.randn(p.shape, generator=generator))
+
+    def head_parameters(self):
+        return self.layer.weight, self.layer.bias
+
+    def logits(self, x, weight, bias):
+        self.asked.append(x.numel() // x.size(-1))
+        return torch.tanh(super().logits(x, weight, bias) / self.cap) * self.cap
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_the_objective_in_chunks_is_the_objective(monkeypatch, alpha, temperature):
+    """Values and gradients of final states, weight and bias, against autograd in float64."""
+    b, t, c, v = 3, 7, 5, 40
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * v)
+    student, teacher = Head(v, c, 5.0, 0), Head(v, c, 3.0, 1)
+    generator = torch.Generator().manual_seed(2)
+    final = torch.randn(b, t, c, generator=generator).requires_grad_()
+    target = torch.randn(b, t, c, generator=generator)
+    labels = torch.randint(0, v, (b, t), generator=generator)
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    total, ce, kl = losses.distillation_objective(
+        student, teacher, final, target, labels, weights, alpha, temperature
+    )
+    (3.0 * total).backward()
+    assert max(student.asked) == max(teacher.asked) == 4
+    assert not ce.requires_grad
+    assert not kl.requires_grad
+
+    exact = copy.deepcopy(student).double()
+    exact.zero_grad()
+    x = final.detach().double().requires_grad_()
+    with torch.no_grad():
+        wanted = teacher.double().head(target.double())
+    ce64, kl64 = reference_terms(exact.head(x), wanted, labels, temperature)
+    objective = ((alpha * ce64 + (1 - alpha) * kl64) * weights).mean()
+    (3.0 * objective).backward()
+    # Float32 sums of 40 terms of size 10: relative errors of some 1e-6.
+    close = dict(rtol=1e-4, atol=1e-5)
+    assert torch.allclose(total.double(), objective, **close)
+    assert torch.allclose(ce.double(), ce64, **close)
+    assert torch.allclose(kl.double(), kl64, **close)
+    assert torch.allclose(final.grad.double(), x.grad, **close)
+    for got, want in zip(student.parameters(), exact.parameters(), strict=True):
+        assert torch.allclose(got.grad.double(), want.grad, **close)
+
+
+def reference_terms(student, teacher, labels, temperature):
+    """CE and KL (B,) by their definitions."""
+    ce = -torch.log_softmax(student, -1).gather(-1, labels[..., None])[..., 0].mean(1)
+    p = torch.softmax(teacher / temperature, -1)
+    q = torch.softmax(student / temperature, -1)
+    return ce, temperature**2 * (p * (p / q).log()).sum(-1).mean(1)
+
+
+def test_few_logits_are_taken_whole():
+    student, teacher = Head(40, 5, 5.0, 0), Head(40, 5, 3.0, 1)
+    final, labels = torch.randn(2, 6, 5), torch.zeros(2, 6, dtype=torch.long)
+    losses.distillation_objective(student, teacher, final, final, labels, None, 0.5, 1.0)
+    assert student.asked == [12]

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -21,6 +17,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(0, str(ROOT))
 
 from studies.bench import RunLog, machine, mean_interval  # noqa: E402
+from studies.commands import measured  # noqa: E402
 
 COMMAND = "distillation.py --hybrid --ternary --qat --epochs 20 --save_metrics"
 
@@ -31,34 +28,10 @@ def main() -> None:
     runs = parser.parse_args().runs
     log = RunLog(HERE / "runs.jsonl")
     for seed in range(runs):
-        with tempfile.TemporaryDirectory() as folder:
-            command = [
-                sys.executable,
-                *COMMAND.split(),
-                "--output_dir",
-                folder,
-                "--seed",
-                str(seed),
-            ]
-            started = time.perf_counter()
-            process = subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-            assert process.stdout is not None
-            printed = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds = time.perf_counter() - started
-        printed = printed.replace(folder, "student")
-        record = {
-            "command": f"python {COMMAND} --seed {seed}",
-            "exit": status,
-            "seconds": seconds,
-            "peak_rss_bytes": usage.ru_maxrss * 1024,
-            "printed": printed,
-            **machine(),
-        }
+        record = measured([*COMMAND.split(), "--seed", str(seed)])
         log.append(record)
-        print(f"seed {seed}: {seconds:.1f} s, {usage.ru_maxrss / 2**10:.0f} MiB", flush=True)
+        size = record["peak_rss_bytes"] / 2**20
+        print(f"seed {seed}: {record['seconds']:.1f} s, {size:.0f} MiB", flush=True)
     records = log.runs
     loss = [float(re.search(r"student, quantized +(\S+)", r["printed"])[1]) for r in records]
     teacher = [float(re.search(r"teacher +(\d\S+)", r["printed"])[1]) for r in records]

@@ -106,12 +106,14 @@ def unpack_bits(packed: np.ndarray, count: int) -> np.ndarray:
 @dataclass
 class SizeReport:
     """Bytes and weights of a packed file. linear_bits: bits a ternary or 1-bit weight, its share
-    of scales included, after compression."""
+    of scales included, after compression. parts: weights and compressed bytes of each encoding,
+    scales apart."""
 
     file_bytes: int
     float32_bytes: int
     linear_weights: int
     linear_bits: float
+    parts: dict[str, tuple[int, int]]
 
     @property
     def ratio(self) -> float:
@@ -197,8 +199,14 @@ def save_packed(
     share = sum(n for k, n in scale_counts if k != "int8") / max(1, sum(n for _, n in scale_counts))
     stored = sizes.get("ternary", 0) + sizes.get("1bit", 0) + sizes.get("scales", 0) * share
     total = sum(math.prod(e["shape"]) for e in entries)
+    counts = {k: sum(math.prod(e["shape"]) for e in entries if e["encoding"] == k) for k in streams}
+    counts["scales"] = sum(n for _, n in scale_counts)
     return SizeReport(
-        Path(path).stat().st_size, 4 * total, linear, 8 * stored / linear if linear else 0.0
+        Path(path).stat().st_size,
+        4 * total,
+        linear,
+        8 * stored / linear if linear else 0.0,
+        {k: (n, sizes[k]) for k, n in counts.items()},
     )
 
 

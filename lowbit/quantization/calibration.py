@@ -38,11 +38,9 @@ from lowbit.models.interface import (
 )
 from lowbit.quantization.layers import QATLinear, sign_codes, ternary_codes
 
-RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # of the mean diagonal of the second moment: the refit's
-HELD_OUT = 8  # every eighth part of the text chooses among them
+RIDGE = 0.1  # of the mean diagonal of the second moment, in the refit
 DAMPING = 0.3  # the same, in the rounding
 BLOCK = 64  # columns between two updates of the rest
-FIRST_WEIGHT = 1.0
 MARGIN = 0.1  # of the threshold, by which a moved latent weight passes it
 
 
@@ -114,50 +112,17 @@ def latent_weights(
     return latent * (scale / kept.clamp_min(1e-12))
 
 
-@dataclass
-class Moments:
-    """What a refit needs of a share of the text: square (I, I), the sum of x x^T over tokens, and
-    missing (I, O), the sum of x (y - W x)^T, what the layer's output lacks."""
-
-    square: torch.Tensor
-    missing: torch.Tensor
-
-    def __add__(self, other: Moments) -> Moments:
-        return Moments(self.square + other.square, self.missing + other.missing)
-
-
-def refit(train: Moments, held: Moments | None) -> torch.Tensor:
-    """The change of the weights (O, I) that ridge regression finds.
-
-    How strong the ridge is, up to no change at all, is chosen by what the fit to one part of the
-    text does on the other: block after block corrects what the blocks before it left, and what is
-    fitted to the noise of these tokens adds up.
-    """
-
-    def solve(moments: Moments, ridge: float) -> torch.Tensor:
-        square = moments.square.clone()
-        square.diagonal().add_(ridge * square.diagonal().mean().clamp_min(1e-12))
-        return torch.cholesky_solve(moments.missing, torch.linalg.cholesky(square))  # (I, O)
-
-    if held is None:
-        return solve(train, RIDGES[1]).mT
-    best, choice = 0.0, None
-    for ridge in RIDGES:
-        change = solve(train, ridge)
-        error = float(((held.square @ change - 2 * held.missing) * change).sum())
-        if error < best:
-            best, choice = error, ridge
-    if choice is None:
-        return torch.zeros_like(train.missing).mT
-    return solve(train + held, choice).mT
-
-
 @torch.no_grad()
-def calibrate_layer(layer: QATLinear, train: Moments, held: Moments | None) -> None:
-    """New latent weights, in place, from the moments of two parts of the text."""
+def calibrate_layer(layer: QATLinear, moment: torch.Tensor, missing: torch.Tensor) -> None:
+    """Second moment of the inputs (I, I) and E[x (y - W x)^T] (I, O), what the layer's output
+    lacks, both in the same weights of tokens -> new latent weights, in place."""
     w = layer.weight.data
-    fitted = w + refit(train, held)
-    moment = train.square if held is None else train.square + held.square
+    ridge = moment.clone()
+    ridge.diagonal().add_(RIDGE * ridge.diagonal().mean().clamp_min(1e-12))
+    fitted = w + torch.linalg.solve(ridge, missing).mT
+    if layer.mode == "int8":  # the nearest of 255 is near enough
+        w.copy_(torch.where(torch.isfinite(fitted).all(), fitted, w))
+        return
     quantize = ternary_codes if layer.mode == "ternary" else sign_codes
     codes = round_columns(fitted, moment, quantize(fitted, "row")[1], layer.mode)
     latent = latent_weights(codes, fit_scale(codes, fitted, moment), fitted, layer.mode)
@@ -165,23 +130,17 @@ def calibrate_layer(layer: QATLinear, train: Moments, held: Moments | None) -> N
         w.copy_(latent)
 
 
-def position_weights(stream: torch.Tensor) -> torch.Tensor:
-    """(B, T, C) -> (B, T, 1): FIRST_WEIGHT for the first token of a window, 1 for the others. The
-    first token is what attention falls back on (an *attention sink*, arXiv 2309.17453); what is
-    wrong with it is wrong with all that follows."""
-    weights = torch.ones_like(stream[..., :1], dtype=torch.float32)
-    weights[:, 0] = FIRST_WEIGHT
-    return weights
-
-
 def token_weights(stream: torch.Tensor) -> torch.Tensor:
     """1 / mean square of the residual stream (..., C) at each token, over its mean: (..., 1).
+    Tokens smaller than a tenth of the usual size count as if they were a tenth.
 
     What later layers read is normalised token by token, so an error counts relative to its token.
     The first tokens of a text hold *massive activations* (arXiv 2402.17762), a thousand times
     the others; in a plain mean nothing else would count.
     """
-    weights = 1 / stream.float().square().mean(-1, keepdim=True).clamp_min(1e-12)
+    power = stream.float().square().mean(-1, keepdim=True)
+    least = (0.01 * power.median()).clamp_min(torch.finfo(power.dtype).tiny)
+    weights = 1 / torch.maximum(power, least)
     return weights / weights.mean()
 
 
@@ -210,43 +169,58 @@ def calibrate_block(
         noted.append(found)
 
     for group in wired.groups:
-        device = parts[0].theirs.device
-        size = layers[group[0]].in_features
-        shares = 2 if len(parts) >= HELD_OUT else 1
-        square = torch.zeros(shares, size, size, device=device)
-        missing = {
-            n: torch.zeros(shares, size, layers[n].out_features, device=device) for n in group
-        }
-        writes = group[0] in wired.writers
-        before = wired.writers[: wired.writers.index(group[0])] if writes else []
-        for i, (part, target) in enumerate(zip(parts, noted, strict=True)):
-            share = int(shares == 2 and i % HELD_OUT == HELD_OUT - 1)
-            with outputs_of({n: layers[n] for n in before}) as given:
-                x = input_of(student, layers[group[0]], part.calls[number], part.ours)
-            weights = position_weights(part.theirs)
+        moment, missing = moments_of(group, student, number, parts, noted, wired)
+        with exact(moment.device):
+            for name, lacks in missing.items():
+                layer = layers[name]
+                assert isinstance(layer, QATLinear)
+                calibrate_layer(layer, moment, lacks)
+    return after
+
+
+def exact(device: torch.device) -> torch.autocast:
+    """Sums over tokens and what is made of them are float32, whatever models compute in."""
+    return torch.autocast(device.type, enabled=False)
+
+
+@torch.no_grad()
+def moments_of(
+    group: Sequence[str],
+    block: nn.Module,
+    number: int,
+    parts: Sequence[Part],
+    noted: Sequence[dict[str, torch.Tensor]],
+    wired: Wiring,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Of a group of layers that read one input: its second moment (I, I), and for each layer
+    E[x (y - W x)^T] (I, O). noted: what each layer of the teacher's block gives, of each part."""
+    layers = linear_layers(block)
+    device, size = parts[0].theirs.device, layers[group[0]].in_features
+    moment = torch.zeros(size, size, device=device)
+    missing = {n: torch.zeros(size, layers[n].out_features, device=device) for n in group}
+    writes = group[0] in wired.writers
+    before = wired.writers[: wired.writers.index(group[0])] if writes else []
+    count = sum(part.theirs[..., 0].numel() for part in parts)
+    for part, target in zip(parts, noted, strict=True):
+        with outputs_of({n: layers[n] for n in before}) as given:
+            x = input_of(block, layers[group[0]], part.calls[number], part.ours)
+        with exact(device):
+            x = x.flatten(0, 1).float()
+            weighted = x
             lag: torch.Tensor | float = 0.0  # of the stream, before this layer writes to it
             if writes:
-                lag = (
-                    part.theirs.float()
-                    - part.ours
-                    + sum(target[n].float() - given[n] for n in before)
-                )
-                stream = part.theirs + sum(target[n] for n in [*before, group[0]])
-                weights = weights * token_weights(stream)
-            x = x.flatten(0, 1).float()
-            weighted = x * weights.flatten(0, 1)
-            square[share].addmm_(weighted.mT, x)
+                lag = part.theirs.float() - part.ours
+                stream = part.theirs.float()
+                for n in before:
+                    lag = lag + (target[n].float() - given[n])
+                    stream = stream + target[n]
+                weighted = x * token_weights(stream + target[group[0]]).flatten(0, 1)
+            moment.addmm_(weighted.mT, x, alpha=1 / count)
             for n in group:
-                y = (target[n].float() + lag).flatten(0, 1)
-                layer = layers[n]
-                now = F.linear(x, layer.weight.float(), layer.bias)
-                missing[n][share].addmm_(weighted.mT, y - now)
-        for n in group:
-            layer = layers[n]
-            assert isinstance(layer, QATLinear)
-            both = [Moments(square[k], missing[n][k]) for k in range(shares)]
-            calibrate_layer(layer, both[0], both[1] if shares == 2 else None)
-    return after
+                wanted = (target[n].float() + lag).flatten(0, 1)
+                now = F.linear(x, layers[n].weight.float(), layers[n].bias)
+                missing[n].addmm_(weighted.mT, wanted - now, alpha=1 / count)
+    return moment, missing
 
 
 @torch.no_grad()
@@ -255,15 +229,13 @@ def calibrate(
     teacher: LanguageModel,
     batches: Sequence[torch.Tensor],
     *,
-    refine: Callable[[nn.Module, int, Sequence[Part], Sequence[torch.Tensor]], None] | None = None,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> LanguageModel:
     """Calibrate, in place, the ternary or 1-bit layers of a student that holds the teacher's
     weights, on batches of token ids, (B, T) each. Scales a row, in closed form, only.
 
-    refine(block, number, parts, wanted), if given, then trains each block on its own; wanted is
-    what should leave it, for each part. progress wraps the loop over blocks. Raises ValueError
-    where the shapes differ or the student has no such layers.
+    progress wraps the loop over blocks. Raises ValueError where the shapes differ or the student
+    has no such layers.
     """
     if student.describe() != teacher.describe():
         raise ValueError("calibrate: the student's shape is not the teacher's")
@@ -279,8 +251,6 @@ def calibrate(
         first = parts[0]
         wired = wiring(original, first.calls[number], first.theirs[:1])
         after = calibrate_block(block, original, number, parts, wired)
-        if refine:
-            refine(block, number, parts, after)
         for part, wanted in zip(parts, after, strict=True):
             part.ours, part.theirs = part.calls[number](block, part.ours), wanted
     return student

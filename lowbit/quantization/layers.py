@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lowbit.models.decoder import CausalLM
 from lowbit.models.interface import LanguageModel
 
-MODES = ("ternary", "1bit")
+MODES = ("ternary", "1bit", "int8")
 SCOPES = ("row", "tensor")
 
 
@@ -111,7 +111,8 @@ class _LearnedScale(torch.autograd.Function):
 
 
 class QATLinear(nn.Linear):
-    """A linear layer whose forward pass uses ternary or 1-bit weights; `weight` is the latent.
+    """A linear layer whose forward pass uses ternary, 1-bit or 8-bit weights (mode int8, for the
+    few layers that need more); `weight` is the latent.
 
     Below strength 1 (see `strength`) it uses weight + strength (rounded weight - weight).
     With learnable_scale the scale is ``base_scale * weight_scale``: base_scale (a buffer) is the
@@ -133,6 +134,8 @@ class QATLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         if mode not in MODES or scope not in SCOPES:
             raise ValueError(f"mode is one of {MODES} and scope one of {SCOPES}")
+        if mode == "int8" and (scope != "row" or learnable_scale):
+            raise ValueError("int8 has one scale a row, in closed form")
         self.mode, self.scope, self.enabled, self.strength = mode, scope, True, 1.0
         if learnable_scale:
             shape = (out_features, 1) if scope == "row" else (1, 1)
@@ -160,6 +163,8 @@ class QATLinear(nn.Linear):
         return new
 
     def _closed_form(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.mode == "int8":
+            return byte_codes(self.weight.detach())
         quantize = ternary_codes if self.mode == "ternary" else sign_codes
         return quantize(self.weight, self.scope)
 
@@ -217,17 +222,25 @@ class QATEmbedding(nn.Embedding):
 
 
 def quantize_model(
-    model: LanguageModel, mode: str, *, scope: str = "row", learnable_scale: bool = False
+    model: LanguageModel,
+    mode: str,
+    *,
+    scope: str = "row",
+    learnable_scale: bool = False,
+    first: int = 0,
+    last: int = 0,
 ) -> LanguageModel:
     """Replace, in place, every linear layer of the blocks by `QATLinear`, and the embedding of the
     plain decoder by `QATEmbedding`, whose untied head stays float. Latent parameters keep their
-    names and identity. Embedding and head of other decoders are held in 8 bits, frozen."""
-    for block in model.blocks:
+    names and identity. The first and the last so many blocks are in 8 bits. Embedding and head of
+    other decoders are held in 8 bits, frozen."""
+    for i, block in enumerate(model.blocks):
+        edge = i < first or i >= len(model.blocks) - last
+        kind = ("int8", "row", False) if edge else (mode, scope, learnable_scale)
         for module in list(block.modules()):
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
-                    layer = QATLinear.from_linear(child, mode, scope, learnable_scale)
-                    setattr(module, name, layer)
+                    setattr(module, name, QATLinear.from_linear(child, *kind))
     if isinstance(model, CausalLM):
         old = model.embedding
         new = QATEmbedding(old.num_embeddings, old.embedding_dim, _weight=old.weight)

@@ -17,39 +17,77 @@ def distillation_terms(
     teacher: torch.Tensor,
     labels: torch.Tensor,
     temperature: float,
-    *,
-    each: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, T, V) twice and labels (B, T) -> (cross-entropy, KL), nats a token: (B,), or with
-    ``each`` (B, T), of every token.
+    """Logits (B, T, V) twice and labels (B, T) -> (cross-entropy, KL), each (B,), nats a token.
 
     KL = tau^2 sum_v p_tau log(p_tau / q_tau), p the teacher (Hinton et al., arXiv 1503.02531,
     section 2; tau^2 keeps the gradient's size). Means over positions, so neither depends on T.
     """
     log_q = F.log_softmax(student.float(), dim=-1)
-    ce = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    ce = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(dim=1)
     if temperature != 1.0:
         log_q = F.log_softmax(student.float() / temperature, dim=-1)
     log_p = F.log_softmax(teacher.float() / temperature, dim=-1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1) * temperature**2
-    return (ce, kl) if each else (ce.mean(dim=1), kl.mean(dim=1))
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean(dim=1)
+    return ce, kl * temperature**2
 
 
 def hidden_state_loss(
     student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
 ) -> torch.Tensor:
-    """Mean over blocks of ||h_s - h_t||^2 / ||h_t||^2, hidden states (B, T, C) -> (B,).
+    """Mean over blocks and tokens of ||h_s - h_t||^2 / ||h_t||^2, hidden states (B, T, C) -> (B,).
 
-    FitNets' hint loss (arXiv 1412.6550) after every block, made dimensionless.
+    FitNets' hint loss (arXiv 1412.6550) after every block, made dimensionless token by token: the
+    first tokens' massive activations (arXiv 2402.17762) would own a common denominator.
     """
     terms = [
-        (s.float() - t.float()).square().mean(dim=(1, 2)) / t.float().square().mean()
+        (
+            (s.float() - t.float()).square().sum(-1)
+            / t.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
+        ).mean(1)
         for s, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(terms).mean(dim=0)
 
 
 # --------------------------------------------------------------------------- large vocabularies
+
+
+def soft_target_terms(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    alpha: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Float32 logits (N, V) twice and labels (N,) -> CE and KL of each token, (N,), as
+    `distillation_terms` defines them, and the derivative (N, V) of alpha CE + (1 - alpha) KL.
+
+    With p and q the softmax of teacher and student at temperature tau, KL = tau^2 (sum_v p (z_t -
+    z_s) / tau - lse(z_t / tau) + lse(z_s / tau)), whose derivative is tau (q - p): a fifth of the
+    passes over N x V numbers that autograd makes. Destroys its arguments.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    ce = torch.logsumexp(student, -1) - student[rows, labels]
+    level = ce + student[rows, labels]
+    hard = torch.softmax(student, -1) if alpha and temperature != 1.0 else None
+    if temperature != 1.0:
+        student, teacher = student.div_(temperature), teacher.div_(temperature)
+        level = torch.logsumexp(student, -1)
+    p = torch.softmax(teacher, -1)
+    q = torch.softmax(student, -1)
+    difference = torch.linalg.vecdot(p, teacher.sub_(student))
+    # lse(z_t) from one entry: log p_v = z_v - lse. The difference holds z_t - z_s of that entry.
+    most = p.argmax(-1)
+    level_t = teacher[rows, most] + student[rows, most] - p[rows, most].log()
+    kl = (temperature**2) * (difference - level_t + level)
+    soft = (1 - alpha) * temperature
+    slope = q if temperature == 1.0 else q.mul_(soft)  # at 1 both terms pull by q
+    if hard is not None:
+        slope.add_(hard, alpha=alpha)
+    slope.add_(p, alpha=-soft)
+    slope[rows, labels] -= alpha
+    return ce, kl, slope
 
 
 class _ChunkedObjective(torch.autograd.Function):
@@ -67,27 +105,27 @@ class _ChunkedObjective(torch.autograd.Function):
         ces, kls = [], []
         for start in range(0, len(final), chunk):
             part = slice(start, start + chunk)
-            reference = teacher(target[part])
             leaves = [
                 x.detach().requires_grad_(n) if x is not None else None
                 for x, n in zip((final[part], weight, bias), needed, strict=True)
             ]
             with torch.enable_grad():
                 logits = student(*leaves)
-                ce, kl = distillation_terms(
-                    logits[None], reference[None], labels[None, part], temperature, each=True
-                )
-                loss = ((alpha * ce + (1 - alpha) * kl)[0] * weights[part]).sum()
+            ours = logits.detach().to(torch.float32, copy=True)
+            theirs = teacher(target[part]).to(torch.float32, copy=True)
+            ce, kl, slope = soft_target_terms(ours, theirs, labels[part], alpha, temperature)
             wanted = [x for x in leaves if x is not None and x.requires_grad]
-            grads = iter(torch.autograd.grad(loss, wanted) if wanted else ())
-            if d_final is not None:
-                d_final[part] = next(grads)
-            if d_weight is not None:
-                d_weight += next(grads)
-            if d_bias is not None:
-                d_bias += next(grads)
-            ces.append(ce[0].detach())
-            kls.append(kl[0].detach())
+            if wanted:
+                slope = slope.mul_(weights[part, None]).to(logits.dtype)
+                grads = iter(torch.autograd.grad(logits, wanted, slope))
+                if d_final is not None:
+                    d_final[part] = next(grads)
+                if d_weight is not None:
+                    d_weight += next(grads)
+                if d_bias is not None:
+                    d_bias += next(grads)
+            ces.append(ce)
+            kls.append(kl)
         ctx.save_for_backward(d_final, d_weight, d_bias)
         ce, kl = torch.cat(ces), torch.cat(kls)
         ctx.mark_non_differentiable(ce, kl)

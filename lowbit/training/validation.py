@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 from lowbit.models.interface import LanguageModel
 from lowbit.training.losses import LOGITS_AT_ONCE, chunked_terms, distillation_terms
@@ -47,6 +48,28 @@ class Validation:
     loss: float
     error: float
     kl: float
+
+
+class Best:
+    """The trained weights of a model as they were when it validated best."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.loss = model, math.inf
+        self._weights: list[torch.Tensor] = []
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def see(self, loss: float) -> None:
+        """Told the validation loss that the model has now."""
+        if loss < self.loss:
+            self.loss, self._weights = loss, [p.detach().cpu().clone() for p in self._trained()]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for p, best in zip(self._trained(), self._weights, strict=bool(self._weights)):
+            p.copy_(best)
 
 
 class Reference:

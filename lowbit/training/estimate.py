@@ -1,0 +1,72 @@
+"""What a run will take: memory by counting, time by what the teacher takes for one batch."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from lowbit.models.interface import LanguageModel
+from lowbit.training.losses import LOGITS_AT_ONCE
+
+GIB = 2**30
+#: Floats of 4 bytes that a block keeps for the backward pass, a token: so many times its width and
+#: so many times the widths of what its linear layers give.
+KEPT_OF_WIDTH, KEPT_OF_OUTPUTS = 6, 1.5
+STEP_PASSES = 6  # a training step takes as long as so many passes of the teacher
+CALIBRATION_PASSES = 10  # calibration, on each of its tokens
+
+
+@dataclass
+class Estimate:
+    memory: float  # bytes, at the peak of a training step
+    available: float  # bytes
+    seconds: float
+
+    def line(self) -> str:
+        minutes = max(1, round(self.seconds / 60))
+        return (
+            f"About {self.memory / GIB:.1f} GiB of memory and {minutes} minutes on this machine "
+            "(validation aside)"
+        )
+
+
+def weights(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def memory_needed(teacher: LanguageModel, tokens: int, *, trained: int) -> float:
+    """Bytes for teacher, student, gradients, two moments, rounded weights, activations of a batch
+    of so many tokens, and the logits of a chunk. trained: the student's weights that are."""
+    blocks = len(teacher.blocks)
+    outputs = sum(
+        m.out_features for b in teacher.blocks for m in b.modules() if isinstance(m, nn.Linear)
+    )
+    kept = tokens * (KEPT_OF_WIDTH * blocks * teacher.hidden_size + KEPT_OF_OUTPUTS * outputs)
+    logits = 6 * min(LOGITS_AT_ONCE, tokens * teacher.vocab_size)
+    return 4.0 * (2 * weights(teacher) + 3 * trained + kept + logits) + 4.0 * trained
+
+
+def memory_available(device: torch.device) -> float:
+    """Bytes that are free, beyond what this process holds; infinite where it cannot be told."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:
+            values = dict(line.split(":", 1) for line in f)
+        return 1024.0 * int(values["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):
+        return float("inf")
+
+
+@torch.no_grad()
+def seconds_a_token(teacher: LanguageModel, ids: torch.Tensor) -> float:
+    """Of a pass of the teacher over ids (B, T), the second of two: the first prepares kernels."""
+    for _ in range(2):
+        started = time.perf_counter()
+        teacher.features(ids)
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+    return (time.perf_counter() - started) / ids.numel()

@@ -1,0 +1,49 @@
+"""A run of the command line in a process of its own: what it printed, how long and how large."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from studies.bench import machine
+
+ROOT = Path(__file__).parent.parent
+
+
+def measured(words: Sequence[str]) -> dict[str, Any]:
+    """Run ``python WORDS --output_dir FOLDER``: command, exit code, seconds (starting Python
+    included), peak memory in bytes, what was printed, and the rows of its metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, *words, "--output_dir", folder],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert process.stdout is not None
+        printed = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        metrics = Path(folder, "student_metrics.csv")
+        rows = []
+        if metrics.exists():
+            with metrics.open(newline="") as f:
+                rows = list(csv.DictReader(f))
+    return {
+        "command": " ".join(["python", *words]),
+        "exit": status,
+        "seconds": seconds,
+        "peak_rss_bytes": usage.ru_maxrss * 1024,
+        "printed": printed.replace(folder, "student"),
+        "metrics": rows,
+        **machine(),
+    }
