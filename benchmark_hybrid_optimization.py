@@ -37,7 +37,13 @@ import torch.nn as nn
 import distillation
 from lowbit import RunFailed, UserError
 from lowbit.files.atomic import atomic_write, prepare_folder
-from lowbit.options import STEPS_PER_EPOCH, Parser, parse_options, settle_by_start
+from lowbit.options import (
+    STEPS_PER_EPOCH,
+    Parser,
+    parse_options,
+    settle_by_start,
+    settle_by_teacher,
+)
 from lowbit.text.sampler import StratifiedSampler
 from lowbit.training import validation
 from lowbit.training.baselines import Baseline
@@ -166,6 +172,7 @@ def run_digits(
 
     o = parse_options([*(f for f in (*common, *flags) if f != "--digits"), "--seed", str(seed)])
     o.student_init = "random"
+    settle_by_teacher(o, "bytes")
     settle_by_start(o)
     x, y = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(x))

@@ -13,11 +13,9 @@ import copy
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,6 @@ from hybrid_optimization import (
     ConstrainedOptimizer,
     HybridOptimizationManager,
     HybridTrainingConfig,
-    native_bfloat16,
 )
 from lowbit import RunFailed, UserError
 from lowbit.files.atomic import prepare_folder
@@ -37,37 +34,33 @@ from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
 from lowbit.models.decoder import CausalLM
 from lowbit.models.interface import LanguageModel
-from lowbit.models.student import make_student, settle_student
+from lowbit.models.student import make_student
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import TransformersLM, save_folder
 from lowbit.options import (
     WARMUP_FRACTION,
     default,
     parse_options,
-    settle_by_start,
-    settle_by_teacher,
 )
-from lowbit.quantization.calibration import calibrate
-from lowbit.quantization.layers import count_flips, latent, quantize_model, snapshot_codes, strength
+from lowbit.quantization.layers import count_flips, latent, snapshot_codes, strength
 from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
 from lowbit.text.corpus import Corpus, load_corpus
 from lowbit.text.sampler import StratifiedSampler
 from lowbit.text.tokenizers import Tokenizer
 from lowbit.training.baselines import Baseline
-from lowbit.training.estimate import (
-    CALIBRATION_PASSES,
-    GIB,
-    STEP_PASSES,
-    Estimate,
-    memory_available,
-    memory_needed,
-    seconds_a_token,
-    weights,
-)
 from lowbit.training.losses import distillation_objective, hidden_state_loss, weighted_mean
+from lowbit.training.preparation import (
+    calibrate_student,
+    choose_device,
+    choose_dtype,
+    estimate,
+    output_paths,
+    own_text,
+    quantize,
+    settle,
+)
 from lowbit.training.validation import Best, Reference, Validation, autocast, batch_of, pick_windows
 
-CALIBRATION_BATCH = 8  # windows at a time
 MAX_CONSECUTIVE_SKIPS = 20
 SAMPLE_PROMPT = {"byte": "Return the ", "token": "Return the"}
 SAMPLE_TOKENS = {"byte": 200, "token": 60}
@@ -97,97 +90,6 @@ class Setup:
         return self.steps_per_epoch * self.options.epochs
 
 
-def choose_device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this machine or this build of torch has no CUDA; use cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
-def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Fill in what depends on the teacher and on where the student starts."""
-    settle_by_teacher(o, tokenizer.name)
-    settle_student(o, teacher)
-    settle_by_start(o)
-    converts = o.student_init == "teacher" or not o.qat
-    if o.calibrate and not converts:
-        raise UserError("--calibrate with --qat needs --student_init teacher: nothing to round yet")
-    if o.calibrate is None:
-        o.calibrate = o.hybrid and converts and not o.learnable_scale
-    blocks = o.student_layers or len(teacher.blocks)
-    if sum(o.blocks_8bit) >= blocks:
-        first, last = o.blocks_8bit
-        raise UserError(f"--blocks_8bit {first} {last}: of {blocks} blocks none would be left")
-
-
-def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | None:
-    """bfloat16 on a GPU, and for `transformers`' models on processors that multiply it."""
-    large = isinstance(teacher, TransformersLM)
-    fast = device.type == "cuda" or (large and native_bfloat16(device))
-    return torch.bfloat16 if fast else None
-
-
-def quantize(o: argparse.Namespace, student: LanguageModel) -> None:
-    first, last = o.blocks_8bit
-    quantize_model(student, o.mode, learnable_scale=o.learnable_scale, first=first, last=last)
-
-
-def calibrate_student(
-    o: argparse.Namespace, student: LanguageModel, original: LanguageModel, corpus: Corpus
-) -> None:
-    """Round a student that holds the original's weights, by windows of the seed's choice."""
-    device = student.embedding.weight.device
-    order = np.random.default_rng(o.seed).permutation(len(corpus.train))
-    windows = corpus.train[order[: math.ceil(o.calibration_tokens / o.seq_len)]]
-    ids = batch_of(windows, device)[0]
-    batches = [*ids.split(CALIBRATION_BATCH)]
-    large = isinstance(student, TransformersLM)
-    with autocast(device, choose_dtype(device, original) if large else None):
-        calibrate(student, original, batches, progress=partial(progress_bar, large))
-
-
-def progress_bar(shown: bool, items: Sequence) -> Iterable:
-    return tqdm(items, "Calibrating", unit="block", file=sys.stderr, leave=False, disable=not shown)
-
-
-def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Path]:
-    """The files that the run will write, by what they hold. teacher: or a student of its kind."""
-    folder = Path(o.output_dir)
-    kind = ("ternary_1.58bit" if o.ternary else "1bit") + ("_qat" if o.qat else "")
-    paths = {"packed": folder / f"student_quantized_{kind}.npz"}
-    if isinstance(teacher, TransformersLM) and o.student_size == "same":
-        paths["transformers"] = folder / "transformers"
-    else:
-        paths["float32"] = folder / "student_fp32.pth"
-    if o.save_metrics:
-        paths["metrics"] = Path(o.metrics_out) if o.metrics_out else folder / "student_metrics.csv"
-        paths["picture"] = paths["metrics"].with_suffix(".png")
-    return paths
-
-
-def estimate(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estimate:
-    """What a run from a `transformers` teacher will take. UserError where memory is too short."""
-    device = teacher.embedding.weight.device
-    ids = batch_of(corpus.train[: o.batch_size], device)[0]
-    with autocast(device, choose_dtype(device, teacher)):
-        second = seconds_a_token(teacher, ids)
-    steps = o.epochs * math.ceil((o.samples_per_epoch or len(corpus.train)) / o.batch_size)
-    tokens = STEP_PASSES * steps * ids.numel() + CALIBRATION_PASSES * o.calibration_tokens * bool(
-        o.calibrate
-    )
-    trained = weights(teacher) - weights(teacher.embedding)
-    needed = memory_needed(teacher, ids.numel(), trained=trained)
-    # The teacher is in memory already.
-    found = Estimate(needed, memory_available(device) + 4 * weights(teacher), tokens * second)
-    if found.memory > found.available:
-        raise UserError(
-            f"--teacher {o.teacher}: the run needs about {found.memory / GIB:.1f} GiB of memory, "
-            f"{found.available / GIB:.1f} are free; a smaller --batch_size or --seq_len needs less"
-        )
-    return found
-
-
 def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> Setup:
     device = choose_device(o.device)
     torch.manual_seed(o.seed)
@@ -205,7 +107,9 @@ def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None
             prepare_folder(path)
         elif path.is_dir():
             raise UserError(f"cannot write {path}: it is a folder")
-    corpus = load_corpus(o.data, o.seq_len, tokenizer)
+    teacher = teacher.to(device)
+    paths = [own_text(o, teacher, tokenizer) if x == "self" else x for x in o.data]
+    corpus = load_corpus(paths, o.seq_len, tokenizer)
     n = len(corpus.train)
     if o.batch_size > n:
         raise UserError(f"--batch_size {o.batch_size}: the text has only {n} training windows")
@@ -215,7 +119,6 @@ def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None
         o.samples_per_epoch = min(o.steps_per_epoch * o.batch_size, n)
     if o.samples_per_epoch > n:
         raise UserError(f"--samples_per_epoch {o.samples_per_epoch}: the text has {n} windows")
-    teacher = teacher.to(device)
     if isinstance(teacher, TransformersLM):
         say(estimate(o, teacher, corpus).line())
     student = make_student(o, teacher).to(device)
@@ -366,7 +269,7 @@ def train(
     manager = make_manager(s) if o.hybrid else None
     if cluster_batches or (manager and o.use_clustering):
         clusterer = manager or make_manager(s)
-        clusters = clusterer.setup_data_clustering(s.corpus.train.astype(np.int64))
+        clusters = clusterer.setup_data_clustering(s.corpus.train)
     if manager:
         parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
         if o.use_auxiliary_nn:
@@ -517,7 +420,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     if o.save_metrics:
         write_csv(paths["metrics"], rows)
         try:
-            plot_metrics(paths["picture"], rows)
+            plot_metrics(paths["picture"], rows, unit)
         except ImportError:
             del paths["picture"]
             say("No picture of the metrics: pip install matplotlib")

@@ -51,6 +51,8 @@ __all__ = [
 
 MULTIPLIER_RANGE = (0.1, 10.0)
 RADIUS_RANGE = (1e-3, 1.0)
+MANY_SAMPLES = 20_000  # of more, clusters are found on a sample or in small batches
+GRAM_BUCKETS = 4096  # of hashed n-grams
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -422,7 +424,7 @@ class KMeansClustering:
 
     def fit(self, X: Any) -> KMeansClustering:
         """X: (n_samples, n_features), array or tensor. Raises ValueError if empty, not finite."""
-        from sklearn.cluster import KMeans
+        from sklearn.cluster import KMeans, MiniBatchKMeans
 
         _check("n_clusters", self.n_clusters, _COUNT)
         X = _as_matrix(X)
@@ -430,9 +432,11 @@ class KMeansClustering:
         k = min(self.n_clusters, len(X), distinct)
         with warnings.catch_warnings():  # duplicates beyond the first 4k rows: fewer clusters
             warnings.simplefilter("ignore")
-            model = KMeans(
-                k, max_iter=self.max_iter, tol=self.tolerance, n_init=1, random_state=self.seed
-            ).fit(X)
+            common = dict(max_iter=self.max_iter, n_init=1, random_state=self.seed)
+            if len(X) > MANY_SAMPLES:  # Sculley, Web-scale k-means clustering, 2010
+                model = MiniBatchKMeans(k, batch_size=4096, **common).fit(X)
+            else:
+                model = KMeans(k, tol=self.tolerance, **common).fit(X)
         self.labels = model.labels_.astype(np.int64)
         spare = np.repeat(model.cluster_centers_[-1:], self.n_clusters - k, axis=0)
         self.centroids = np.concatenate([model.cluster_centers_, spare])
@@ -482,15 +486,39 @@ def text_features(ids: np.ndarray, *, components: int = 32, seed: int = 0) -> np
     """Token windows (n, length) -> dense features (n, <= components) of unit length.
 
     Hashed n-grams (n = 1, 2, 3) of the ids, TF-IDF, truncated SVD (latent semantic analysis,
-    Deerwester et al. 1990). Ids are symbols: distances between them are never used.
+    Deerwester et al. 1990). Ids are symbols: distances between them are never used. Of more than
+    MANY_SAMPLES windows frequencies and axes come from so many, drawn by the seed, and features
+    are made of as many at a time.
     """
-    from scipy.sparse import csr_matrix
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfTransformer
     from sklearn.preprocessing import normalize
 
-    buckets = 4096
-    ids = np.asarray(ids).reshape(len(ids), -1).astype(np.uint64)
+    ids = np.asarray(ids).reshape(len(ids), -1)
+    n = len(ids)
+    several = n > MANY_SAMPLES
+    fitted = ids
+    if several:
+        fitted = ids[np.sort(np.random.default_rng(seed).choice(n, MANY_SAMPLES, replace=False))]
+    tfidf = TfidfTransformer(sublinear_tf=True)
+    counts = tfidf.fit_transform(_gram_counts(fitted))
+    size = min(components, n - 1, GRAM_BUCKETS - 1)
+    if size < 1:
+        return np.zeros((n, 1))
+    svd = TruncatedSVD(size, n_iter=2, random_state=seed)
+    with np.errstate(invalid="ignore", divide="ignore"):  # identical rows: zero total variance
+        found = svd.fit_transform(counts)
+        if several:
+            parts = (ids[i : i + MANY_SAMPLES] for i in range(0, n, MANY_SAMPLES))
+            found = np.concatenate([svd.transform(tfidf.transform(_gram_counts(p))) for p in parts])
+        return normalize(np.nan_to_num(found))
+
+
+def _gram_counts(ids: np.ndarray) -> Any:
+    """Token windows (n, length) -> counts of hashed n-grams, sparse (n, GRAM_BUCKETS)."""
+    from scipy.sparse import csr_matrix
+
+    ids = ids.astype(np.uint64)
     n, length = ids.shape
     grams = []
     for width in range(1, min(3, length) + 1):
@@ -498,19 +526,12 @@ def text_features(ids: np.ndarray, *, components: int = 32, seed: int = 0) -> np
         for i in range(width):
             h = (h ^ ids[:, i : length - width + 1 + i]) * np.uint64(0x9E3779B97F4A7C15)
             h ^= h >> np.uint64(29)
-        grams.append(h % np.uint64(buckets))
+        grams.append(h % np.uint64(GRAM_BUCKETS))
     columns = np.concatenate(grams, axis=1).astype(np.int64)
     rows = np.repeat(np.arange(n), columns.shape[1])
-    counts = csr_matrix(
-        (np.ones(columns.size, np.float32), (rows, columns.ravel())), shape=(n, buckets)
+    return csr_matrix(
+        (np.ones(columns.size, np.float32), (rows, columns.ravel())), shape=(n, GRAM_BUCKETS)
     )
-    tfidf = TfidfTransformer(sublinear_tf=True).fit_transform(counts)
-    size = min(components, n - 1, buckets - 1)
-    if size < 1:
-        return np.zeros((n, 1))
-    svd = TruncatedSVD(size, n_iter=2, random_state=seed)
-    with np.errstate(invalid="ignore", divide="ignore"):  # identical rows: zero total variance
-        return normalize(np.nan_to_num(svd.fit_transform(tfidf)))
 
 
 # ----------------------------------------------------------------------- the constrained step

@@ -53,7 +53,7 @@ def generate(
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lowbit.generate", description=__doc__)
-    parser.add_argument("model", help="a .npz or .pth that distillation.py wrote")
+    parser.add_argument("model", help="a student's .npz or .pth, or anything --teacher takes")
     parser.add_argument("--prompt", default="Return ", help="text to continue")
     parser.add_argument("--tokens", type=int, default=300, help="tokens to add (default 300)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = most likely")

@@ -38,10 +38,11 @@ BY_TEACHER: dict[str, tuple[Any, Any]] = {
     "batch_size": (8, 4),
     "blocks_8bit": ([0, 0], [1, 1]),
     "calibration_tokens": (32768, 16384),
-    "steps_per_epoch": (STEPS_PER_EPOCH, 7),  # 20 epochs of SmolLM2 on two cores: 20 minutes
+    "steps_per_epoch": (STEPS_PER_EPOCH, 7),  # 20 epochs of SmolLM2 on two cores: 21 minutes
     "quick_tokens": (8192, 2048),  # of validation after an epoch
     "final_tokens": (32768, 8192),  # of validation at the end
 }
+SELF_TOKENS = 200_000  # that a teacher writes, where asked to
 WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
 ADAMW_MOMENTUM = 0.9  # of what muon leaves to AdamW
 
@@ -183,8 +184,15 @@ def make_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help=".txt, .md, .py, .jsonl files or folders (default: the documentation of "
+        help="self: the teacher writes the text; .txt, .md, .py, .jsonl, .jsonl.gz files or "
+        "folders (default: the documentation of "
         "the Python standard library, read from this interpreter)",
+    )
+    g.add_argument(
+        "--self_tokens",
+        type=count,
+        metavar="N",
+        help="that the teacher writes with --data self (default 200000)",
     )
     words = "(default {} for bytes, {} for a teacher's own vocabulary)"
     g.add_argument(
@@ -373,6 +381,9 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         raise UserError("--adamw_momentum needs --optimizer muon")
     if o.lr_schedule is None:
         o.lr_schedule = "constant" if o.method == "schedulefree" else "linear"
+    if o.self_tokens is not None and "self" not in o.data:
+        raise UserError("--self_tokens needs --data self")
+    o.self_tokens = o.self_tokens or SELF_TOKENS
     o.mode = "ternary" if o.ternary else "1bit"
     o.save_metrics = o.save_metrics or o.metrics_out is not None
     if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):

@@ -48,8 +48,11 @@ def write_csv(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
     return atomic_write(path, lambda f: f.write(text.getvalue().encode()))
 
 
-def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
-    """Losses, step control and clusters over epochs, three panels. Needs matplotlib."""
+def plot_metrics(
+    path: str | os.PathLike, rows: Sequence[dict[str, Any]], unit: str = "byte"
+) -> Path:
+    """Losses (nats a ``unit``), step control and clusters over epochs, three panels. Needs
+    matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -72,7 +75,7 @@ def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Pat
     ax.axhline(
         rows[-1]["val_loss_teacher"], color="black", ls="--", lw=1, label="teacher, validation"
     )
-    ax.set(xlabel="epoch", ylabel="cross-entropy, nats a byte", title="Loss")
+    ax.set(xlabel="epoch", ylabel=f"cross-entropy, nats a {unit}", title="Loss")
     ax.legend()
 
     ax = axes[1]
@@ -91,7 +94,10 @@ def plot_metrics(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Pat
         values = [math.nan if r[name] == "" else r[name] for r in rows]  # no window that epoch
         ax.plot(epochs, values, lw=1.2, label=label)
     ax.set(
-        xlabel="epoch", ylabel="nats a byte", yscale="log", title="KL to the teacher, training text"
+        xlabel="epoch",
+        ylabel=f"nats a {unit}",
+        yscale="log",
+        title="KL to the teacher, training text",
     )
     ax.legend(ncol=2, fontsize=8)
     for ax in axes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import string
@@ -87,7 +88,10 @@ BAD_FILES = {
     "truncated utf-8": ("a.txt", "é".encode()[:1], "not UTF-8 (byte 0)"),
     "empty": ("a.txt", b"", "no text in"),
     "blank": ("a.txt", b" \n\t\n", "no text in"),
-    "suffix": ("a.csv", b"text", "expected one of .txt, .md, .py, .jsonl or a folder"),
+    "suffix": ("a.csv", b"text", "expected one of .txt, .md, .py, .jsonl, .jsonl.gz or a folder"),
+    "no gzip": ("a.jsonl.gz", b'{"text": "a"}', "a.jsonl.gz is damaged, or no gzip file"),
+    "gzip cut off": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "is damaged, or no gzip"),
+    "gzip json": ("a.jsonl.gz", gzip.compress(b"x"), "a.jsonl.gz line 1: expected"),
     "json": ("a.jsonl", b'{"text": "a"}\nnot json\n', "a.jsonl line 2: expected"),
     "json key": ("a.jsonl", b'{"txt": "a"}\n', "a.jsonl line 1: expected"),
     "json list": ("a.jsonl", b'["text"]\n', "a.jsonl line 1: expected"),
@@ -97,6 +101,15 @@ BAD_FILES = {
     "json surrogate": ("a.jsonl", b'{"text": "a\\ud800"}', "a.jsonl line 1: text holds half"),
     "json empty": ("a.jsonl", b'{"text": ""}\n', "no text in"),
 }
+
+
+def test_gzipped_lines_are_lines(tmp_path: Path) -> None:
+    """The same documents, and found in a folder, too."""
+    lines = b'{"text": "one"}\n{"text": "zwei \xc3\xa9"}\n'
+    path = write(tmp_path, "d.jsonl.gz", gzip.compress(lines))
+    found = read_documents([path])
+    assert [text for _, text in found] == ["one", "zwei \u00e9"]
+    assert read_documents([str(tmp_path)]) == found
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)

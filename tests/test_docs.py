@@ -32,7 +32,7 @@ def test_configuration_reference_is_the_dataclass():
 def test_links_and_named_files_exist(page):
     text = (ROOT / page).read_text("utf-8")
     links = [x.partition("#")[0] for x in re.findall(r"\]\(([^)]+)\)", text)]
-    named = re.findall(r"`((?:lowbit|benchmarks|tests)/[\w./-]+)`", text)
+    named = re.findall(r"`((?:lowbit|studies|benchmarks|tests)/[\w./-]+)`", text)
     for target in [x for x in links + named if x and not x.startswith("http")]:
         assert (ROOT / target).exists(), target
 

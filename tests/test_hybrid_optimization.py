@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import hybrid_optimization
 from hybrid_optimization import (
     AuxiliaryNeuralNetwork,
+    HybridOptimizationManager,
     HybridTrainingConfig,
     KMeansClustering,
     TrainingState,
@@ -202,3 +204,20 @@ def test_schedule(kind):
     assert all(v > 0 for v in values)
     if kind != "constant":
         assert values[99] <= 0.05
+
+
+def test_many_samples_are_clustered_by_some_of_them(monkeypatch):
+    """Four vocabularies of their own, windows beyond MANY_SAMPLES: the clusters are those of the
+    vocabularies, as they are with all samples at once."""
+    rng = np.random.default_rng(0)
+    topic = np.arange(400) % 4
+    ids = rng.integers(0, 30, (400, 40)) + 100 * topic[:, None]
+    for many in (1000, 60):
+        monkeypatch.setattr(hybrid_optimization, "MANY_SAMPLES", many)
+        manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=4))
+        labels = manager.setup_data_clustering(ids.astype(np.uint16))
+        assert len(labels) == 400
+        pairs = set(zip(topic.tolist(), labels.tolist(), strict=True))
+        assert len(pairs) == 4
+        again = HybridOptimizationManager(HybridTrainingConfig(data_clusters=4))
+        assert np.array_equal(again.setup_data_clustering(ids), labels)

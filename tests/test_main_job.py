@@ -60,6 +60,7 @@ CONTRACT = [
     r"Initialized hybrid optimization with 8 data clusters and auxiliary NN guidance",
     rf"Epoch 0, Loss: {NUMBER}, LR: {NUMBER}, Trust Radius: {NUMBER}",
     rf"Epoch 1, Loss: {NUMBER}, LR: {NUMBER}, Trust Radius: {NUMBER}",
+    r"Validation loss of the quantized student: \d\.\d{4} before training, \d\.\d{4} after",
     r"HYBRID OPTIMIZATION SUMMARY",
     r"={60}",
     r"Total Steps: 6",
@@ -331,7 +332,7 @@ def documented_commands(name: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", ["README.md", "QUICKSTART.md"])
+@pytest.mark.parametrize("name", ["README.md", "QUICKSTART.md", "HYBRID_OPTIMIZATION_GUIDE.md"])
 def test_documented_commands_run(name, run, tmp_path_factory):
     """Every distillation command of the page, on the small text and shortened."""
     base = tmp_path_factory.mktemp("teachers")

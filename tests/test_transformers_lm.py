@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -186,6 +187,9 @@ def test_the_whole_run(folders, text_file, tmp_path, capsys):
     assert distillation.main([*words.split(), "--teacher", str(folders["llama"])]) == 0
     printed = capsys.readouterr().out
     assert "Validation loss, nats a token" in printed
+    assert re.search(r"^About \d+\.\d GiB of memory and \d+ minutes", printed, re.M)
+    start, end = re.search(r"student: (\S+) before training, (\S+) after", printed).groups()
+    assert float(end) <= float(start)
     packed = out / "student_quantized_ternary_1.58bit_qat.npz"
     ours, _, _ = load_packed(packed)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "transformers")
@@ -281,6 +285,17 @@ def test_families_that_were_not_tried(llama, capsys, tmp_path):
 
 def test_windows_longer_than_the_context(llama, capsys):
     assert "reads at most 128" in refusal(capsys, llama, "--seq_len", "129")
+
+
+def test_memory_that_is_not_there(llama, text_file, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("lowbit.training.preparation.memory_available", lambda device: 1e6)
+    more = ("--data", str(text_file), "--output_dir", str(tmp_path / "out"))
+    text = refusal(capsys, llama, *more)
+    assert re.search(r"the run needs about \d+\.\d GiB of memory, \d+\.\d are free", text)
+
+
+def test_blocks_of_8_bits_leave_some(llama, capsys):
+    assert "of 3 blocks none would be left" in refusal(capsys, llama, "--blocks_8bit", "1", "2")
 
 
 def test_layers_that_the_teacher_has_not(llama, capsys):

@@ -206,7 +206,7 @@ def save_packed(
         4 * total,
         linear,
         8 * stored / linear if linear else 0.0,
-        {k: (n, sizes[k]) for k, n in counts.items()},
+        {k: (n, sizes[k]) for k, n in counts.items() if k in sizes},
     )
 
 
@@ -243,8 +243,9 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[LanguageModel, dict, dict]:
             f"{origin}: format {header.get('format')!r} version "
             f"{header.get('version')!r}, expected {FORMAT} {VERSION}"
         )
-    theirs = header["config"].get("transformers")
-    config = read_config(header["config"], origin) if theirs is None else None
+    values = header["config"]
+    plain = not isinstance(values, dict) or "transformers" not in values
+    config = read_config(values, origin) if plain else None
     tokenizer = header["tokenizer"]
     if not isinstance(tokenizer, dict) or not isinstance(header["notes"], dict):
         raise UserError(f"{origin}: tokenizer or notes missing")
@@ -303,11 +304,11 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[LanguageModel, dict, dict]:
         if entry["name"] in state:
             raise UserError(f"{origin}: tensor {entry['name']} occurs twice")
         state[entry["name"]] = torch.from_numpy(value)
-    model: LanguageModel = (
-        build_transformers(theirs, state, origin)
-        if config is None
-        else build_model(config, state, origin)
-    )
+    model: LanguageModel
+    if config is None:
+        model = build_transformers(values["transformers"], state, origin)
+    else:
+        model = build_model(config, state, origin)
     return model, tokenizer, header["notes"]
 
 

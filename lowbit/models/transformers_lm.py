@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -207,9 +209,12 @@ def build_transformers(
 
 def save_folder(folder: Path, model: TransformersLM, tokenizer_files: dict[str, str]) -> Path:
     """A folder that `AutoModelForCausalLM.from_pretrained` loads: the weights as they are, in
-    float32, and the tokenizer's files."""
+    float32, and the tokenizer's files. Every file is written beside the folder first."""
     folder.mkdir(parents=True, exist_ok=True)
-    model.net.save_pretrained(folder)
-    for name, text in tokenizer_files.items():
-        (folder / name).write_text(text, "utf-8")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        model.net.save_pretrained(name)
+        for file, text in tokenizer_files.items():
+            Path(name, file).write_text(text, "utf-8")
+        for path in sorted(Path(name).iterdir()):
+            os.replace(path, folder / path.name)
     return folder

@@ -305,11 +305,11 @@ def strength(model: nn.Module, value: float) -> Iterator[None]:
 
 @torch.no_grad()
 def snapshot_codes(model: nn.Module) -> dict[str, torch.Tensor]:
-    """int8 codes of every `QATLinear`, to count flips with `count_flips`."""
+    """int8 codes of every ternary or 1-bit layer, to count flips with `count_flips`."""
     return {
         n: m.codes_and_scale()[0].to(torch.int8)
         for n, m in low_bit_layers(model)
-        if isinstance(m, QATLinear)
+        if isinstance(m, QATLinear) and m.mode != "int8"
     }
 
 

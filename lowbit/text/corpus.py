@@ -30,12 +30,10 @@ def token_stream(documents: Iterable[Document], tokenizer: Tokenizer) -> np.ndar
 
 
 def windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
-    """Consecutive windows that share one token: (n, seq_len + 1)."""
-    n = (len(tokens) - 1) // seq_len
-    if n <= 0:
+    """Consecutive windows that share one token: (n, seq_len + 1), a read-only view."""
+    if len(tokens) <= seq_len:
         return np.empty((0, seq_len + 1), tokens.dtype)
-    starts = np.arange(n)[:, None] * seq_len
-    return tokens[starts + np.arange(seq_len + 1)]
+    return np.lib.stride_tricks.sliding_window_view(tokens, seq_len + 1)[::seq_len]
 
 
 def load_corpus(paths: Sequence[str], seq_len: int, tokenizer: Tokenizer) -> Corpus:

@@ -8,6 +8,7 @@ occur twice are kept once, across the whole collection.
 from __future__ import annotations
 
 import ast
+import gzip
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import sys
 import sysconfig
 import tempfile
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import numpy as np
 
 from lowbit import UserError
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
 VALIDATION_SHARE = 0.06
 MIN_DOCUMENTS = 20  # with fewer, sections of the documents are split instead
 SECTION_CHARS = 4000
@@ -84,7 +86,8 @@ def cached_stdlib_documents() -> list[Document]:
 
 
 def read_documents(paths: Sequence[str]) -> list[Document]:
-    """Read files and folders of .txt, .md, .py and .jsonl (a ``text`` field on each line).
+    """Read files and folders of .txt, .md, .py and .jsonl (a ``text`` field on each line), the
+    last also gzipped.
 
     Raises UserError for a path that does not exist, is empty, binary or not UTF-8.
     """
@@ -94,10 +97,10 @@ def read_documents(paths: Sequence[str]) -> list[Document]:
         if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
             raise UserError(f"--data: no such file or folder: {given}")
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
             if not files:
                 raise UserError(f"--data: no {', '.join(SUFFIXES)} files under {given}")
-        elif path.suffix in SUFFIXES:
+        elif path.name.endswith(SUFFIXES):
             files = [path]
         else:
             raise UserError(f"--data: {given}: expected one of {', '.join(SUFFIXES)} or a folder")
@@ -111,6 +114,10 @@ def read_documents(paths: Sequence[str]) -> list[Document]:
 def _read_file(path: Path) -> list[Document]:
     try:
         raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise UserError(f"--data: {path} is damaged, or no gzip file") from e
     except OSError as e:
         raise UserError(f"--data: cannot read {path}: {e.strerror}") from e
     if b"\0" in raw:
@@ -119,7 +126,7 @@ def _read_file(path: Path) -> list[Document]:
         text = raw.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as e:
         raise UserError(f"--data: {path} is not UTF-8 (byte {e.start}); convert it first") from e
-    if path.suffix != ".jsonl":
+    if path.suffix not in (".jsonl", ".gz"):
         return [(str(path), text)]
     documents = []
     for n, line in enumerate(text.split("\n"), 1):

@@ -109,7 +109,9 @@ def tokenizer_from(description: dict[str, Any]) -> Tokenizer:
     files, size = description.get("files"), description.get("vocab_size")
     known = description.get("name") == TeacherTokenizer.name
     if not known or not isinstance(size, int) or not isinstance(files, dict) or odd_names(files):
-        raise UserError(f"vocabulary {description.get('name')!r} is not one that can be read here")
+        raise UserError(
+            f"vocabulary {description.get('name')!r} of {size} is not one that can be read here"
+        )
     from lowbit.models.transformers_lm import load_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:

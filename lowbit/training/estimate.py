@@ -17,6 +17,7 @@ GIB = 2**30
 KEPT_OF_WIDTH, KEPT_OF_OUTPUTS = 6, 1.5
 STEP_PASSES = 6  # a training step takes as long as so many passes of the teacher
 CALIBRATION_PASSES = 10  # calibration, on each of its tokens
+PROCESS = 0.4 * GIB  # Python and its libraries
 
 
 @dataclass
@@ -38,15 +39,17 @@ def weights(model: nn.Module) -> int:
 
 
 def memory_needed(teacher: LanguageModel, tokens: int, *, trained: int) -> float:
-    """Bytes for teacher, student, gradients, two moments, rounded weights, activations of a batch
-    of so many tokens, and the logits of a chunk. trained: the student's weights that are."""
+    """Bytes for teacher, student, gradients, two moments, the best state so far, rounded weights,
+    codes, activations of a batch of so many tokens, and the logits of a chunk. trained: the
+    student's weights that are. What an allocator leaves between is a tenth."""
     blocks = len(teacher.blocks)
     outputs = sum(
         m.out_features for b in teacher.blocks for m in b.modules() if isinstance(m, nn.Linear)
     )
     kept = tokens * (KEPT_OF_WIDTH * blocks * teacher.hidden_size + KEPT_OF_OUTPUTS * outputs)
     logits = 6 * min(LOGITS_AT_ONCE, tokens * teacher.vocab_size)
-    return 4.0 * (2 * weights(teacher) + 3 * trained + kept + logits) + 4.0 * trained
+    floats = 2 * weights(teacher) + 4 * trained + kept + logits
+    return 1.1 * (4.0 * floats + 6.0 * trained + PROCESS)
 
 
 def memory_available(device: torch.device) -> float:

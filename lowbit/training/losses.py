@@ -64,8 +64,8 @@ def soft_target_terms(
     `distillation_terms` defines them, and the derivative (N, V) of alpha CE + (1 - alpha) KL.
 
     With p and q the softmax of teacher and student at temperature tau, KL = tau^2 (sum_v p (z_t -
-    z_s) / tau - lse(z_t / tau) + lse(z_s / tau)), whose derivative is tau (q - p): a fifth of the
-    passes over N x V numbers that autograd makes. Destroys its arguments.
+    z_s) / tau - lse(z_t / tau) + lse(z_s / tau)), whose derivative is tau (q - p). Written
+    out, this passes over N x V numbers a few times, autograd many. Destroys its arguments.
     """
     rows = torch.arange(len(labels), device=labels.device)
     ce = torch.logsumexp(student, -1) - student[rows, labels]

@@ -1,0 +1,152 @@
+"""Text that a teacher writes itself, for users who have none (LLM-QAT, arXiv 2305.17888).
+
+A chat model is given its template up to where the user would speak, writes the question and then
+the answer (Magpie, arXiv 2406.08464); any other model goes on from a random first token. Documents
+are sampled from the whole distribution at temperature 1, and end where the model ends them. They
+are lines of a .jsonl file, appended batch by batch: an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowbit import UserError
+from lowbit.models.interface import LanguageModel
+from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer
+
+BATCH = 32  # documents at a time
+LENGTH = 512  # tokens of a document, at most
+MARK = "\u241edocument\u241e"  # stands in a template where the user speaks
+
+
+def chat_turns(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Ids of a chat template up to where the user speaks, and those between the mark that ends
+    the user's turn and the model's answer; both empty where there is no such template."""
+    wrapped = getattr(tokenizer, "wrapped", None)
+    if wrapped is None or not wrapped.chat_template:
+        return [], []
+    try:
+        whole = wrapped.apply_chat_template(
+            [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
+        )
+    except Exception:  # a template may ask for anything
+        return [], []
+    before, found, after = whole.partition(MARK)
+    then = [int(i) for i in tokenizer.encode(after)]
+    marks = [i for i, token in enumerate(then) if token in end_ids(tokenizer)]
+    if not found or not before or not marks:
+        return [], []
+    return [int(i) for i in tokenizer.encode(before)], then[marks[0] + 1 :]
+
+
+def cached_path(model: LanguageModel, seed: int) -> Path:
+    """Where the text of this model and seed is kept."""
+    weight = model.embedding.weight.detach().float().cpu()
+    key = json.dumps([model.describe(), seed, BATCH, LENGTH], sort_keys=True, default=str)
+    digest = hashlib.sha256(key.encode() + weight[:64].numpy().tobytes()).hexdigest()[:16]
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "apl-hybrid", f"self-{digest}.jsonl")
+
+
+@torch.no_grad()
+def write_batch(
+    model: LanguageModel, tokenizer: Tokenizer, generator: torch.Generator
+) -> tuple[list[str], int]:
+    """BATCH documents, and how many tokens they have in all."""
+    device = model.embedding.weight.device
+    opening, between = chat_turns(tokenizer)
+    if opening:
+        ids = torch.tensor([opening] * BATCH)
+    else:
+        ids = torch.randint(model.vocab_size, (BATCH, 1), generator=generator)
+    length = min(LENGTH, model.max_positions)
+    ends = end_ids(tokenizer)
+    turns = [2 if opening else 1] * BATCH  # that each document has yet to write
+    given: list[list[int]] = [[] for _ in range(BATCH)]  # what the template writes next
+    stop = [length] * BATCH
+    feed, cache = ids, None
+    while ids.size(1) < length and any(turns):
+        found = model.features(feed.to(device), cache, keep=True)
+        cache = found.cache
+        chances = model.head(found.final[:, -1]).float().softmax(-1).cpu()
+        feed = torch.multinomial(chances, 1, generator=generator)
+        for i in range(BATCH):
+            if given[i]:
+                feed[i, 0] = given[i].pop(0)
+            elif turns[i] and int(feed[i, 0]) in ends:
+                turns[i] -= 1
+                given[i] = list(between) if turns[i] else []
+                if not turns[i]:
+                    stop[i] = ids.size(1) + 1
+        ids = torch.cat((ids, feed), 1)
+    texts = [whole_text(tokenizer, row[:n]) for row, n in zip(ids.tolist(), stop, strict=True)]
+    return texts, sum(stop)
+
+
+def end_ids(tokenizer: Tokenizer) -> set[int]:
+    wrapped = getattr(tokenizer, "wrapped", None)
+    return set() if wrapped is None or wrapped.eos_token_id is None else {wrapped.eos_token_id}
+
+
+def whole_text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """With special tokens, which `encode` reads back."""
+    if isinstance(tokenizer, TeacherTokenizer):
+        return tokenizer.wrapped.decode(ids, skip_special_tokens=False)
+    return tokenizer.decode(ids)
+
+
+def written_by(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    tokens: int,
+    seed: int,
+    progress: Callable[[int], Any] = lambda n: None,
+) -> Path:
+    """A file with at least so many tokens that the model wrote; what is there is not written
+    again. progress is told how many tokens came with each batch."""
+    path = cached_path(model, seed)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sizes = finished_batches(path)
+        for size in sizes:
+            progress(size)
+        while sum(sizes) < tokens:
+            generator = torch.Generator().manual_seed(1_000_003 * seed + len(sizes))
+            texts, size = write_batch(model, tokenizer, generator)
+            lines = [{"text": text, "batch": len(sizes), "tokens": size} for text in texts]
+            with path.open("a", encoding="utf-8") as f:
+                f.write("".join(json.dumps(x) + "\n" for x in lines))
+            sizes.append(size)
+            progress(size)
+    except OSError as e:
+        raise UserError(f"--data self: cannot write {path}: {e.strerror}") from e
+    return path
+
+
+def finished_batches(path: Path) -> list[int]:
+    """Tokens of each whole batch of the file; a batch that was cut short is taken away."""
+    if not path.exists():
+        return []
+    kept: list[str] = []
+    sizes: list[int] = []
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    for i in range(0, len(lines), BATCH):
+        batch = lines[i : i + BATCH]
+        try:
+            records = [json.loads(x) for x in batch]
+            whole = len(batch) == BATCH and all(r["batch"] == len(sizes) for r in records)
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            path.write_text("".join(kept), "utf-8")
+            break
+        kept += batch
+        sizes.append(int(records[0]["tokens"]))
+    return sizes

@@ -1,0 +1,144 @@
+"""What a run settles before its first step: device and precision, defaults that depend on the
+teacher, the rounded student, the files to be written, and what the run will take."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from hybrid_optimization import native_bfloat16
+from lowbit import UserError
+from lowbit.models.interface import LanguageModel
+from lowbit.models.student import settle_student
+from lowbit.models.transformers_lm import TransformersLM
+from lowbit.options import settle_by_start, settle_by_teacher
+from lowbit.quantization.calibration import calibrate
+from lowbit.quantization.layers import quantize_model
+from lowbit.text.corpus import Corpus
+from lowbit.text.self_written import written_by
+from lowbit.text.tokenizers import Tokenizer
+from lowbit.training.estimate import (
+    CALIBRATION_PASSES,
+    GIB,
+    STEP_PASSES,
+    Estimate,
+    memory_available,
+    memory_needed,
+    seconds_a_token,
+    weights,
+)
+from lowbit.training.validation import autocast, batch_of
+
+CALIBRATION_BATCH = 8  # windows at a time
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine or this build of torch has no CUDA; use cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Fill in what depends on the teacher and on where the student starts."""
+    chosen = o.blocks_8bit is not None
+    settle_by_teacher(o, tokenizer.name)
+    settle_student(o, teacher)
+    settle_by_start(o)
+    converts = o.student_init == "teacher" or not o.qat
+    if o.calibrate and not converts:
+        raise UserError("--calibrate with --qat needs --student_init teacher: nothing to round yet")
+    if o.calibrate is None:
+        o.calibrate = o.hybrid and converts and not o.learnable_scale
+    blocks = o.student_layers or len(teacher.blocks)
+    if not chosen and sum(o.blocks_8bit) > blocks // 2:  # of a few blocks the ends are most
+        o.blocks_8bit = [0, 0]
+    if sum(o.blocks_8bit) >= blocks:
+        first, last = o.blocks_8bit
+        raise UserError(f"--blocks_8bit {first} {last}: of {blocks} blocks none would be left")
+
+
+def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | None:
+    """bfloat16 on a GPU, and for `transformers`' models on processors that multiply it."""
+    large = isinstance(teacher, TransformersLM)
+    fast = device.type == "cuda" or (large and native_bfloat16(device))
+    return torch.bfloat16 if fast else None
+
+
+def quantize(o: argparse.Namespace, student: LanguageModel) -> None:
+    first, last = o.blocks_8bit
+    quantize_model(student, o.mode, learnable_scale=o.learnable_scale, first=first, last=last)
+
+
+def calibrate_student(
+    o: argparse.Namespace, student: LanguageModel, original: LanguageModel, corpus: Corpus
+) -> None:
+    """Round a student that holds the original's weights, by windows of the seed's choice."""
+    device = student.embedding.weight.device
+    order = np.random.default_rng(o.seed).permutation(len(corpus.train))
+    windows = corpus.train[order[: math.ceil(o.calibration_tokens / o.seq_len)]]
+    ids = batch_of(windows, device)[0]
+    batches = [*ids.split(CALIBRATION_BATCH)]
+    large = isinstance(student, TransformersLM)
+    with autocast(device, choose_dtype(device, original) if large else None):
+        calibrate(student, original, batches, progress=partial(progress_bar, large))
+
+
+def progress_bar(shown: bool, items: Sequence) -> Iterable:
+    return tqdm(items, "Calibrating", unit="block", file=sys.stderr, leave=False, disable=not shown)
+
+
+def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Path]:
+    """The files that the run will write, by what they hold. teacher: or a student of its kind."""
+    folder = Path(o.output_dir)
+    kind = ("ternary_1.58bit" if o.ternary else "1bit") + ("_qat" if o.qat else "")
+    if isinstance(teacher, TransformersLM) and o.student_size == "same":
+        paths = {"transformers": folder / "transformers"}
+    else:
+        paths = {"float32": folder / "student_fp32.pth"}
+    paths["packed"] = folder / f"student_quantized_{kind}.npz"
+    if o.save_metrics:
+        paths["metrics"] = Path(o.metrics_out) if o.metrics_out else folder / "student_metrics.csv"
+        paths["picture"] = paths["metrics"].with_suffix(".png")
+    return paths
+
+
+def own_text(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> str:
+    """The path of text that the teacher wrote."""
+    device = teacher.embedding.weight.device
+    bar = tqdm(
+        total=o.self_tokens, desc="The teacher writes", unit="token", file=sys.stderr, leave=False
+    )
+    with bar, autocast(device, choose_dtype(device, teacher)):
+        return str(written_by(teacher, tokenizer, o.self_tokens, o.seed, bar.update))
+
+
+def estimate(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estimate:
+    """What a run from a `transformers` teacher will take. UserError where memory is too short."""
+    device = teacher.embedding.weight.device
+    ids = batch_of(corpus.train[: o.batch_size], device)[0]
+    with autocast(device, choose_dtype(device, teacher)):
+        second = seconds_a_token(teacher, ids)
+    steps = o.epochs * math.ceil((o.samples_per_epoch or len(corpus.train)) / o.batch_size)
+    tokens = STEP_PASSES * steps * ids.numel() + CALIBRATION_PASSES * o.calibration_tokens * bool(
+        o.calibrate
+    )
+    trained = weights(teacher) - weights(teacher.embedding)
+    needed = memory_needed(teacher, ids.numel(), trained=trained)
+    # The teacher is in memory already.
+    found = Estimate(needed, memory_available(device) + 4 * weights(teacher), tokens * second)
+    if found.memory > found.available:
+        raise UserError(
+            f"--teacher {o.teacher}: the run needs about {found.memory / GIB:.1f} GiB of memory, "
+            f"{found.available / GIB:.1f} are free; a smaller --batch_size or --seq_len needs less"
+        )
+    return found
