@@ -76,7 +76,19 @@ def main() -> None:
         )
         print(words, found, flush=True)
     table = [
-        {k: run[k] for k in ("flags", "steps", "start_loss", "loss", "kl", "teacher", "seconds")}
+        {
+            k: run[k]
+            for k in (
+                "flags",
+                "steps",
+                "start_loss",
+                "loss",
+                "loss_error",
+                "kl",
+                "teacher",
+                "seconds",
+            )
+        }
         for run in log.runs
     ]
     (HERE / "summary.json").write_text(json.dumps({"runs": table, **machine()}, indent=1) + "\n")
