@@ -22,7 +22,6 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("at_once", [1, 1 << 24])
 def test_loss_and_distance_are_those_of_whole_logits(monkeypatch, at_once):
     """At once, or in chunks of one token."""
-    monkeypatch.setattr(validation, "LOGITS_AT_ONCE", at_once)
     monkeypatch.setattr("lowbit.training.losses.LOGITS_AT_ONCE", at_once)
     monkeypatch.setitem(validation.EVAL_TOKENS, "cpu", 20)
     windows = np.random.default_rng(0).integers(0, 50, (7, 9))

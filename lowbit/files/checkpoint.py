@@ -10,6 +10,7 @@ import torch
 from lowbit import UserError
 from lowbit.files.atomic import atomic_write
 from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.models.interface import require_state
 
 FORMAT = "lowbit-float32"
 VERSION = 1
@@ -34,16 +35,10 @@ def build_model(config: ModelConfig, state: dict[str, torch.Tensor], origin: str
         )
     try:
         with torch.device("meta"):
-            expected = {k: tuple(v.shape) for k, v in CausalLM(config).state_dict().items()}
+            expected = CausalLM(config).state_dict()
     except (RuntimeError, OverflowError) as e:  # sizes beyond 64 bits
         raise UserError(f"{origin}: impossible sizes in the model config") from e
-    found = {k: tuple(v.shape) for k, v in state.items()}
-    if expected != found:
-        odd = sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))
-        raise UserError(f"{origin}: tensor {odd[0]} is missing, unknown or of the wrong shape")
-    for name, value in state.items():
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{origin}: tensor {name} holds values that are not finite")
+    require_state(expected, state, origin)
     model = CausalLM(config)
     model.load_state_dict({k: v.float() for k, v in state.items()})
     return model

@@ -7,15 +7,17 @@ time. Shapes: B sequences, T positions, V vocabulary, C hidden size.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.hooks import RemovableHandle
+
+from lowbit import UserError
 
 
 @dataclass
@@ -88,6 +90,20 @@ class LanguageModel(nn.Module):
         return Output(self.head(found.final), found.hidden_states, found.cache)
 
 
+def require_state(
+    expected: dict[str, torch.Tensor], state: dict[str, torch.Tensor], origin: str
+) -> None:
+    """UserError where names or shapes differ from those expected, or values are not finite."""
+    want = {k: tuple(v.shape) for k, v in expected.items()}
+    found = {k: tuple(v.shape) for k, v in state.items()}
+    odd = sorted(k for k in want.keys() | found.keys() if want.get(k) != found.get(k))
+    if odd:
+        raise UserError(f"{origin}: tensor {odd[0]} is missing, unknown or of the wrong shape")
+    for name, value in state.items():
+        if not bool(torch.isfinite(value).all()):
+            raise UserError(f"{origin}: tensor {name} holds values that are not finite")
+
+
 # ------------------------------------------------------------------------------ block by block
 
 
@@ -108,6 +124,22 @@ class Call:
         return out[0] if isinstance(out, tuple) else out
 
 
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside, these hooks are there."""
+    held = list(handles)
+    try:
+        yield
+    finally:
+        for handle in held:
+            handle.remove()
+
+
+def stream_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The residual stream among what a block is given."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 @torch.no_grad()
 def block_calls(model: LanguageModel, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
     """The stream (B, T, C) that enters the first block, and how each block is called."""
@@ -115,38 +147,38 @@ def block_calls(model: LanguageModel, ids: torch.Tensor) -> tuple[torch.Tensor, 
     calls: list[Call] = []
 
     def note(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        kwargs = dict(kwargs)
-        stream = args[0] if args else kwargs.pop("hidden_states")
-        if not entering:
-            entering.append(stream)
-        calls.append(Call(args[1:], kwargs))
+        entering.append(stream_of(args, kwargs))
+        rest = {k: v for k, v in kwargs.items() if args or k != "hidden_states"}
+        calls.append(Call(args[1:], rest))
 
-    handles = [b.register_forward_pre_hook(note, with_kwargs=True) for b in model.blocks]
-    try:
+    with hooked(b.register_forward_pre_hook(note, with_kwargs=True) for b in model.blocks):
         model.features(ids)
-    finally:
-        for handle in handles:
-            handle.remove()
     return entering[0], calls
 
 
 @torch.no_grad()
-def entering_stream(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
-    """The stream (B, T, C) that enters the first block."""
-    found: list[torch.Tensor] = []
+def given_to(module: nn.Module, run: Callable[[], Any]) -> tuple[tuple, dict[str, Any]]:
+    """What a module is given when ``run`` runs; what comes after it is not run."""
+    found: list[tuple[tuple, dict[str, Any]]] = []
 
-    def note(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
+    def note(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.append((args, kwargs))
         raise _Enough
 
-    handle = model.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        model.features(ids)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
+    handle = module.register_forward_pre_hook(note, with_kwargs=True)
+    with hooked([handle]), suppress(_Enough):
+        run()
     return found[0]
+
+
+def entering_stream(model: LanguageModel, ids: torch.Tensor) -> torch.Tensor:
+    """The stream (B, T, C) that enters the first block."""
+    return stream_of(*given_to(model.blocks[0], lambda: model.features(ids)))
+
+
+def input_of(block: nn.Module, layer: nn.Linear, call: Call, x: torch.Tensor) -> torch.Tensor:
+    """What a layer of the block reads when the stream is x."""
+    return given_to(layer, lambda: call(block, x))[0][0]
 
 
 def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
@@ -166,24 +198,31 @@ class Wiring:
     writers: list[str]
 
 
-@torch.no_grad()
-def wiring(block: nn.Module, call: Call, x: torch.Tensor) -> Wiring:
-    """Run a block on a stream (B, T, C) and see which layers read what and which write to it."""
-    reads: dict[str, torch.Tensor] = {}
-    gives: dict[str, torch.Tensor] = {}
+@contextmanager
+def noted(
+    layers: dict[str, nn.Linear], what: Callable[[tuple, torch.Tensor], Any] = lambda _, out: out
+) -> Iterator[dict[str, Any]]:
+    """Inside, what these layers give is noted, in the order in which they run; or ``what`` makes of
+    their inputs and their output."""
+    found: dict[str, Any] = {}
 
     def hook(name: str) -> Callable:
         def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            reads[name], gives[name] = inputs[0], output
+            found[name] = what(inputs, output)
 
         return note
 
-    handles = [m.register_forward_hook(hook(n)) for n, m in linear_layers(block).items()]
-    try:
+    with hooked(m.register_forward_hook(hook(n)) for n, m in layers.items()):
+        yield found
+
+
+@torch.no_grad()
+def wiring(block: nn.Module, call: Call, x: torch.Tensor) -> Wiring:
+    """Run a block on a stream (B, T, C) and see which layers read what and which write to it."""
+    with noted(linear_layers(block), lambda inputs, output: (inputs[0], output)) as found:
         after = call(block, x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    reads = {n: inputs for n, (inputs, _) in found.items()}
+    gives = {n: output for n, (_, output) in found.items()}
     groups: list[list[str]] = []
     for name, tensor in reads.items():
         same = [g for g in groups if reads[g[0]] is tensor]
@@ -196,45 +235,3 @@ def wiring(block: nn.Module, call: Call, x: torch.Tensor) -> Wiring:
     rest = change - sum(gives[n] for n in wide) if wide else change
     plain = bool(rest.norm() <= 1e-3 * change.norm())
     return Wiring(groups, wide if plain else [])
-
-
-@contextmanager
-def outputs_of(layers: dict[str, nn.Linear]) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside, what these layers give is noted."""
-    found: dict[str, torch.Tensor] = {}
-
-    def hook(name: str) -> Callable:
-        def note(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-            found[name] = output
-
-        return note
-
-    handles = [m.register_forward_hook(hook(n)) for n, m in layers.items()]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def input_of(block: nn.Module, layer: nn.Linear, call: Call, x: torch.Tensor) -> torch.Tensor:
-    """What a layer of the block reads when the stream is x; what comes after it is not run."""
-    found: list[torch.Tensor] = []
-
-    def note(module: nn.Module, inputs: tuple) -> None:
-        found.append(inputs[0])
-        raise _Enough
-
-    handle = layer.register_forward_pre_hook(note)
-    try:
-        call(block, x)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
-
-
-def accepts(function: Callable, name: str) -> bool:
-    return name in inspect.signature(function).parameters

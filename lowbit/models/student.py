@@ -72,13 +72,12 @@ def make_student(o: argparse.Namespace, teacher: LanguageModel) -> LanguageModel
         config = replace(config, num_hidden_layers=len(layers))
     student = CausalLM(config).initialise(o.seed)
     if o.student_init == "teacher":
-        state = teacher.state_dict()
+        whole = teacher.state_dict()
+        state = dict(whole)
         for i, layer in enumerate(layers or []):
             mine, theirs = f"model.layers.{i}.", f"model.layers.{layer}."
             state |= {
-                mine + k.removeprefix(theirs): v
-                for k, v in teacher.state_dict().items()
-                if k.startswith(theirs)
+                mine + k.removeprefix(theirs): v for k, v in whole.items() if k.startswith(theirs)
             }
         student.load_state_dict({k: state[k] for k in student.state_dict()})
     return student

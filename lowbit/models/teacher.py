@@ -27,7 +27,6 @@ from lowbit.models.transformers_lm import (
     check_head,
     load_tokenizer,
     refuse_kind,
-    refuse_untried,
     require,
 )
 from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, tokenizer_from
@@ -217,7 +216,6 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
 
 
 def checked(model: TransformersLM, origin: str) -> TransformersLM:
-    refuse_untried(model.config)
     for name, p in model.net.named_parameters():
         if p.device.type == "meta" or not bool(torch.isfinite(p).all()):
             raise UserError(f"--teacher: {origin}: {name} is missing or not finite")

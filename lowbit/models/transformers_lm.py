@@ -8,6 +8,7 @@ has not been tried here is refused by name.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import tempfile
@@ -18,7 +19,7 @@ import torch
 import torch.nn as nn
 
 from lowbit import UserError
-from lowbit.models.interface import Features, LanguageModel, accepts
+from lowbit.models.interface import Features, LanguageModel, hooked, require_state
 
 #: Families (``model_type``) whose conversion is tested.
 FAMILIES = (
@@ -64,7 +65,7 @@ class TransformersLM(LanguageModel):
     def __init__(self, net: Any) -> None:
         super().__init__()
         config = net.config.get_text_config()
-        refuse_untried(config)
+        refuse_kind(config.model_type)
         self.net = net
         self.config = config
         self.vocab_size = net.get_input_embeddings().num_embeddings
@@ -73,7 +74,8 @@ class TransformersLM(LanguageModel):
         head = net.get_output_embeddings()
         self._tied = head is None or head.weight is net.get_input_embeddings().weight
         self._cap = getattr(config, "final_logit_softcapping", None)
-        new = accepts(net.base_model.forward, "cache")  # its name since transformers 5.24
+        # Its name since transformers 5.24.
+        new = "cache" in inspect.signature(net.base_model.forward).parameters
         self._cache_name = "cache" if new else "past_key_values"
 
     @property
@@ -114,22 +116,14 @@ class TransformersLM(LanguageModel):
         def note(block: nn.Module, args: tuple, output: Any) -> None:
             hidden.append(output[0] if isinstance(output, tuple) else output)
 
-        handles = [b.register_forward_hook(note) for b in self.blocks]
-        try:
-            extra = {self._cache_name: cache} if cache is not None else {}
+        extra = {self._cache_name: cache} if cache is not None else {}
+        with hooked(b.register_forward_hook(note) for b in self.blocks):
             out = self.net.base_model(ids, use_cache=keep, **extra)
-        finally:
-            for handle in handles:
-                handle.remove()
         return Features(out.last_hidden_state, hidden, getattr(out, self._cache_name, None))
 
 
-def refuse_untried(config: Any) -> None:
-    """UserError for a configuration of a family that was not tried here."""
-    refuse_kind(getattr(config, "model_type", None))
-
-
 def refuse_kind(kind: object) -> None:
+    """UserError for a ``model_type`` that was not tried here."""
     if kind not in FAMILIES:
         raise UserError(
             f"--teacher: a model of type {kind!r} cannot be converted; tried are "
@@ -178,7 +172,7 @@ def from_config(values: dict[str, Any]) -> TransformersLM:
     try:
         values = dict(values)
         config = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
-        refuse_untried(config.get_text_config())
+        refuse_kind(config.get_text_config().model_type)
         config.dtype = "float32"
         return TransformersLM(transformers.AutoModelForCausalLM.from_config(config))
     except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as e:
@@ -195,18 +189,8 @@ def build_transformers(
     with torch.device("meta"):
         shape = from_config(values).net
     tied = set(shape.all_tied_weights_keys or ())
-    expected = {k: tuple(v.shape) for k, v in shape.state_dict().items()}
-    found = {k: tuple(v.shape) for k, v in state.items()}
-    odd = [
-        k
-        for k in sorted(expected.keys() | found.keys())
-        if expected.get(k) != found.get(k) and not (k in tied and k not in found)
-    ]
-    if odd:
-        raise UserError(f"{origin}: tensor {odd[0]} is missing, unknown or of the wrong shape")
-    for name, value in state.items():
-        if not bool(torch.isfinite(value).all()):
-            raise UserError(f"{origin}: tensor {name} holds values that are not finite")
+    expected = {k: v for k, v in shape.state_dict().items() if k in state or k not in tied}
+    require_state(expected, state, origin)
     model = from_config(values)
     model.net.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
     model.net.tie_weights()

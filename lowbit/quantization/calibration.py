@@ -33,7 +33,7 @@ from lowbit.models.interface import (
     entering_stream,
     input_of,
     linear_layers,
-    outputs_of,
+    noted,
     wiring,
 )
 from lowbit.quantization.layers import QATLinear, sign_codes, ternary_codes
@@ -161,15 +161,15 @@ def calibrate_block(
     """Calibrate the layers of block ``number``, in place. Returns the teacher's stream after the
     block, of each part."""
     layers, originals = linear_layers(student), linear_layers(teacher)
-    noted: list[dict[str, torch.Tensor]] = []
+    targets: list[dict[str, torch.Tensor]] = []
     after = []
     for part in parts:
-        with outputs_of(originals) as found:
+        with noted(originals) as found:
             after.append(part.calls[number](teacher, part.theirs))
-        noted.append(found)
+        targets.append(found)
 
     for group in wired.groups:
-        moment, missing = moments_of(group, student, number, parts, noted, wired)
+        moment, missing = moments_of(group, student, number, parts, targets, wired)
         with exact(moment.device):
             for name, lacks in missing.items():
                 layer = layers[name]
@@ -189,11 +189,11 @@ def moments_of(
     block: nn.Module,
     number: int,
     parts: Sequence[Part],
-    noted: Sequence[dict[str, torch.Tensor]],
+    targets: Sequence[dict[str, torch.Tensor]],
     wired: Wiring,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of a group of layers that read one input: its second moment (I, I), and for each layer
-    E[x (y - W x)^T] (I, O). noted: what each layer of the teacher's block gives, of each part."""
+    E[x (y - W x)^T] (I, O). targets: what each layer of the teacher's block gives, of each part."""
     layers = linear_layers(block)
     device, size = parts[0].theirs.device, layers[group[0]].in_features
     moment = torch.zeros(size, size, device=device)
@@ -201,8 +201,8 @@ def moments_of(
     writes = group[0] in wired.writers
     before = wired.writers[: wired.writers.index(group[0])] if writes else []
     count = sum(part.theirs[..., 0].numel() for part in parts)
-    for part, target in zip(parts, noted, strict=True):
-        with outputs_of({n: layers[n] for n in before}) as given:
+    for part, target in zip(parts, targets, strict=True):
+        with noted({n: layers[n] for n in before}) as given:
             x = input_of(block, layers[group[0]], part.calls[number], part.ours)
         with exact(device):
             x = x.flatten(0, 1).float()

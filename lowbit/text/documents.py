@@ -62,13 +62,17 @@ def stdlib_documents() -> list[Document]:
     return documents
 
 
+def cache_folder() -> Path:
+    """Where text is kept that takes time to make."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "apl-hybrid")
+
+
 def cached_stdlib_documents() -> list[Document]:
     """`stdlib_documents`, parsed once for each interpreter (it takes seconds)."""
     root = Path(sysconfig.get_path("stdlib"))
     key = f"1 {sys.version} {root} {root.stat().st_mtime_ns}"
     name = f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base, "apl-hybrid", name)
+    path = cache_folder() / name
     try:
         return [(str(n), str(t)) for n, t in json.loads(path.read_text("utf-8"))]
     except (OSError, ValueError, TypeError):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 
 from lowbit import UserError
 from lowbit.models.interface import LanguageModel
+from lowbit.text.documents import cache_folder
 from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer
 
 BATCH = 32  # documents at a time
@@ -51,8 +51,7 @@ def cached_path(model: LanguageModel, seed: int) -> Path:
     weight = model.embedding.weight.detach().float().cpu()
     key = json.dumps([model.describe(), seed, BATCH, LENGTH], sort_keys=True, default=str)
     digest = hashlib.sha256(key.encode() + weight[:64].numpy().tobytes()).hexdigest()[:16]
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base, "apl-hybrid", f"self-{digest}.jsonl")
+    return cache_folder() / f"self-{digest}.jsonl"
 
 
 @torch.no_grad()

@@ -170,19 +170,6 @@ def chunked_objective(
     return total, ce.view(labels.shape).mean(1), kl.view(labels.shape).mean(1)
 
 
-@torch.no_grad()
-def chunked_terms(
-    student: LanguageModel,
-    teacher: LanguageModel,
-    final: torch.Tensor,
-    target: torch.Tensor,
-    labels: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """CE and KL, (B,) each, as `chunked_objective` takes them; temperature 1, no gradients."""
-    ones = torch.ones(len(labels), device=labels.device)
-    return chunked_objective(student, teacher, final, target, labels, ones, 0.5, 1.0)[1:]
-
-
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     return values.mean() if weights is None else (values * weights).mean()
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from lowbit.models.interface import LanguageModel
-from lowbit.training.losses import LOGITS_AT_ONCE, chunked_terms, distillation_terms
+from lowbit.training.losses import distillation_objective
 
 EVAL_TOKENS = {"cpu": 2048, "cuda": 16384}  # at a time
 
@@ -105,11 +105,9 @@ class Reference:
             labels = batch_of(part, self.device)[1]
             final = target if model is self.teacher else self._final(model, part)
             with autocast(self.device, self.dtype):
-                if labels.numel() * model.vocab_size > LOGITS_AT_ONCE:
-                    ce, kl = chunked_terms(model, self.teacher, final, target, labels)
-                else:
-                    logits, wanted = model.head(final), self.teacher.head(target)
-                    ce, kl = distillation_terms(logits, wanted, labels, 1.0)
+                _, ce, kl = distillation_objective(
+                    model, self.teacher, final, target, labels, None, 0.5, 1.0
+                )
             ces.append(ce)
             kls.append(kl)
         ce = torch.cat(ces).double()
