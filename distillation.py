@@ -33,16 +33,22 @@ from lowbit.files.checkpoint import save_float32
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
 from lowbit.models.decoder import CausalLM
-from lowbit.models.interface import LanguageModel
+from lowbit.models.interface import LanguageModel, recomputed
 from lowbit.models.student import make_student
 from lowbit.models.teacher import load_teacher
-from lowbit.models.transformers_lm import TransformersLM, save_folder
+from lowbit.models.transformers_lm import TransformersLM, hold_linears, save_folder
 from lowbit.options import (
     WARMUP_FRACTION,
     default,
     parse_options,
 )
-from lowbit.quantization.layers import count_flips, latent, snapshot_codes, strength
+from lowbit.quantization.layers import (
+    count_flips,
+    latent,
+    rounded_once,
+    snapshot_codes,
+    strength,
+)
 from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
 from lowbit.text.corpus import Corpus, load_corpus
 from lowbit.text.sampler import StratifiedSampler
@@ -53,13 +59,21 @@ from lowbit.training.preparation import (
     calibrate_student,
     choose_device,
     choose_dtype,
-    estimate,
     output_paths,
     own_text,
+    plan,
     quantize,
     settle,
 )
-from lowbit.training.validation import Best, Reference, Validation, autocast, batch_of, pick_windows
+from lowbit.training.validation import (
+    Best,
+    Reference,
+    Validation,
+    autocast,
+    batch_of,
+    counted_tokens,
+    pick_windows,
+)
 
 MAX_CONSECUTIVE_SKIPS = 20
 SAMPLE_PROMPT = {"byte": "Return the ", "token": "Return the"}
@@ -119,8 +133,10 @@ def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None
         o.samples_per_epoch = min(o.steps_per_epoch * o.batch_size, n)
     if o.samples_per_epoch > n:
         raise UserError(f"--samples_per_epoch {o.samples_per_epoch}: the text has {n} windows")
-    if isinstance(teacher, TransformersLM):
-        say(estimate(o, teacher, corpus).line())
+    takes = plan(o, teacher, corpus)
+    if takes:
+        say(takes.line())
+    dtype = choose_dtype(device, teacher)
     student = make_student(o, teacher).to(device)
     if o.qat:
         same = student.describe() == teacher.describe()
@@ -128,8 +144,9 @@ def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None
         quantize(o, student)
         if o.calibrate:
             calibrate_student(o, student, original, corpus)
+    if isinstance(teacher, TransformersLM) and dtype:
+        hold_linears(teacher, dtype)
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
-    dtype = choose_dtype(device, teacher)
     return Setup(o, device, tokenizer, corpus, teacher, student, per_epoch, dtype)
 
 
@@ -195,18 +212,16 @@ def make_step(
     )
     hidden_weight = o.hidden_weight if same_blocks else 0.0
 
-    def step(t: int, indices: np.ndarray) -> StepResult:
-        started = time.perf_counter()
-        inputs, labels = batch_of(s.corpus.train[indices], s.device)
-        weights = None
-        if manager and manager.config.use_clustering:
-            weights = torch.from_numpy(manager.cluster_rates(t)[clusters[indices]]).float()
-            weights = weights.to(s.device)
+    def one_pass(windows: np.ndarray, weights: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Add the gradients of the mean of these windows' objectives times their weights (B,).
+        Returns each window's objective, cross-entropy and KL, (B,) each."""
+        inputs, labels = batch_of(windows, s.device)
+        factors = torch.from_numpy(weights).float().to(s.device)
 
         with autocast(s.device, s.dtype):
             with torch.no_grad():
                 target = s.teacher.features(inputs)
-            with strength(s.student, quant_strength(s, t)):
+            with recomputed(s.student.blocks if o.activation_checkpointing else ()):
                 out = s.student.features(inputs)
             objective, ce, kl = distillation_objective(
                 s.student,
@@ -214,22 +229,39 @@ def make_step(
                 out.final,
                 target.final,
                 labels,
-                weights,
+                factors,
                 o.alpha,
                 o.temperature,
             )
         each = (o.alpha * ce + (1 - o.alpha) * kl).detach()
         if hidden_weight:
             hint = hidden_state_loss(out.hidden_states, target.hidden_states)
-            objective = objective + hidden_weight * weighted_mean(hint, weights)
+            objective = objective + hidden_weight * weighted_mean(hint, factors)
             each = each + hidden_weight * hint.detach()
-        s.student.zero_grad(set_to_none=True)
         objective.backward()
+        return each, ce.detach(), kl.detach().float()
+
+    def step(t: int, indices: np.ndarray) -> StepResult:
+        started = time.perf_counter()
+        windows = s.corpus.train[indices]
+        counts = counted_tokens(windows)
+        share = counts / max(1, counts.sum())  # every counted token weighs the same
+        weights = share.copy()
+        if manager and manager.config.use_clustering:
+            weights *= manager.cluster_rates(t)[clusters[indices]]
+        s.student.zero_grad(set_to_none=True)
+        found = []
+        with strength(s.student, quant_strength(s, t)), rounded_once(s.student):
+            for i in range(0, len(indices), o.micro_batch_size):
+                part = slice(i, i + o.micro_batch_size)
+                found.append(one_pass(windows[part], weights[part] * len(weights[part])))
+        each, ce, kl = (torch.cat(x) for x in zip(*found, strict=True))
         if o.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(s.student.parameters(), o.max_grad_norm)
 
         # What the host reads, it reads after it has launched the step: reading waits for a GPU.
-        mean, kl = each.mean(), kl.detach().float()
+        of_tokens = torch.from_numpy(share * len(share)).float().to(s.device)
+        mean = weighted_mean(each, of_tokens)
         control: dict[str, Any] = {}
         if isinstance(optimizer, Baseline):
             lr = optimizer.step(t)
@@ -237,12 +269,13 @@ def make_step(
             control = optimizer.optimization_step(s.student, mean, None, cluster_id=-1, step=t)
             lr = control["learning_rate"]
         loss, kls = float(mean), kl.cpu().numpy()
+        kls[counts == 0] = np.nan
         if manager:
             manager.observe_clusters(clusters[indices], kls)
         elif not math.isfinite(loss):
             raise RunFailed("the loss is not finite; use a smaller --lr, or --hybrid")
         seconds = time.perf_counter() - started
-        return StepResult(loss, float(ce.mean().detach()), kls, lr, seconds, control)
+        return StepResult(loss, float(weighted_mean(ce, of_tokens)), kls, lr, seconds, control)
 
     return step
 
@@ -280,7 +313,7 @@ def train(
     reference = Reference(s.teacher, quick, s.device, s.dtype)
     best = None
     if manager and o.qat and o.student_init == "teacher":  # the start is good: never end behind it
-        best = Best(s.student)
+        best = Best(s.student, o.output_dir)
         best.see(reference.validate(s.student).loss)
         start = best.loss
     optimizer = manager or Baseline(o, s.student, s.max_steps)
@@ -333,8 +366,7 @@ def train(
                     np.mean([r.control["active_share"] for r in results])
                 )
             if o.qat:
-                now = snapshot_codes(s.student)
-                row["code_flips"], codes = count_flips(codes, now), now
+                row["code_flips"] = count_flips(s.student, codes)
                 row["quant_strength"] = quant_strength(s, t - 1)
             if manager and o.use_clustering:
                 where = clusters[np.concatenate(picked)]

@@ -202,6 +202,19 @@ def make_parser() -> Parser:
         "--batch_size", type=count, help=f"windows a step {words.format(*BY_TEACHER['batch_size'])}"
     )
     g.add_argument(
+        "--micro_batch_size",
+        type=count,
+        metavar="N",
+        help="windows a forward pass; gradients of a step are summed over its passes (default: "
+        "what memory allows, on a CPU 512 tokens for a teacher's own vocabulary)",
+    )
+    g.add_argument(
+        "--activation_checkpointing",
+        help="run each block again in the backward pass instead of keeping what it computed "
+        "(default: only where memory is too short without)",
+        **switch,
+    )
+    g.add_argument(
         "--samples_per_epoch",
         type=_number(int, 0),
         metavar="N",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+# Caches of the tests are theirs, in their processes, too.
+_CACHE = tempfile.TemporaryDirectory(prefix="apl-hybrid-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import string
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -16,16 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit import UserError
-from lowbit.text.corpus import load_corpus, token_stream, windows
+from lowbit.text import corpus as corpora
+from lowbit.text.corpus import cached_tokens, load_corpus, windows
 from lowbit.text.documents import (
     SECTION_CHARS,
     VALIDATION_SHARE,
     Document,
     cached_stdlib_documents,
     deduplicate,
+    find_files,
     into_sections,
+    place,
     read_documents,
-    split,
     stdlib_documents,
 )
 from lowbit.text.sampler import StratifiedSampler
@@ -41,6 +44,10 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
     return str(path)
 
 
+def read(*paths: str) -> list[Document]:
+    return list(read_documents(find_files(paths)))
+
+
 def numbered(n: int) -> list[Document]:
     return [(f"doc{i}", f"text of {i}") for i in range(n)]
 
@@ -54,29 +61,48 @@ def test_readers(tmp_path: Path) -> None:
     markdown = write(tmp_path, "b.md", "# Title")
     python = write(tmp_path, "c.py", "x = 1\n")
     lines = write(tmp_path, "d.jsonl", '{"text": "one\\n1", "id": 4}\n\n  \n{"text": "zwei é"}\n')
-    assert read_documents([text, markdown, python, lines]) == [
-        (text, "plain\n\ntext"),
-        (markdown, "# Title"),
-        (python, "x = 1\n"),
-        (f"{lines}:1", "one\n1"),
-        (f"{lines}:4", "zwei é"),
+    assert read(text, markdown, python, lines) == [
+        ("a.txt", "plain\n\ntext"),
+        ("b.md", "# Title"),
+        ("c.py", "x = 1\n"),
+        ("d.jsonl:1", "one\n1"),
+        ("d.jsonl:4", "zwei é"),
     ]
 
 
 def test_folders_are_walked_in_order(tmp_path: Path) -> None:
-    """Known suffixes at any depth, sorted; others are left alone."""
-    for name in ("z.txt", "a/b/c.md", "a/x.bin", "m.py", "n.txt.bak"):
+    """Known suffixes at any depth and in any case, sorted; others are left alone, and so is what is
+    hidden. Names are relative to the folder."""
+    odd = ("a/x.bin", "n.txt.bak", ".git/description.txt", "a/.notes.md")
+    for name in ("z.TXT", "a/b/c.md", "m.py", *odd):
         write(tmp_path, name, name)
-    assert [t for _, t in read_documents([str(tmp_path)])] == ["a/b/c.md", "m.py", "z.txt"]
+    found = read(str(tmp_path))
+    assert [t for _, t in found] == [n for n, _ in found] == ["a/b/c.md", "m.py", "z.TXT"]
+
+
+def test_names_do_not_depend_on_how_a_folder_is_spelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So neither does the split, nor after the folder has moved: what was trained on is never
+    validated on."""
+    for i in range(40):
+        write(tmp_path, f"docs/{i}.md", f"text {i}")
+    monkeypatch.chdir(tmp_path)
+    spellings = ["docs", "./docs", str(tmp_path / "docs"), "docs/../docs/"]
+    names = [[n for n, _ in find_files([x])] for x in spellings]
+    (tmp_path / "docs").rename(tmp_path / "moved")
+    names.append([n for n, _ in find_files(["moved"])])
+    assert all(x == names[0] for x in names)
+    assert sum(place(n) < VALIDATION_SHARE for n in names[0]) in range(1, 10)
 
 
 @pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_byte_order_mark_and_windows_lines(tmp_path: Path, suffix: str) -> None:
     """A BOM goes and CRLF becomes LF, so the same text gives the same tokens."""
     body = "a\n\nb\n" if suffix == "txt" else '{"text": "a"}\n{"text": "b"}\n'
-    plain = read_documents([write(tmp_path, f"plain.{suffix}", body)])
+    plain = read(write(tmp_path, f"plain.{suffix}", body))
     raw = b"\xef\xbb\xbf" + body.replace("\n", "\r\n").encode()
-    odd = read_documents([write(tmp_path, f"odd.{suffix}", raw)])
+    odd = read(write(tmp_path, f"odd.{suffix}", raw))
     assert [t for _, t in odd] == [t for _, t in plain]
     assert "\ufeff" not in odd[0][1]
 
@@ -84,11 +110,15 @@ def test_byte_order_mark_and_windows_lines(tmp_path: Path, suffix: str) -> None:
 BAD_FILES = {
     "binary": ("a.txt", b"text\0more", "a.txt is a binary file"),
     "latin-1": ("a.txt", b"caf\xe9 x", "a.txt is not UTF-8 (byte 3)"),
-    "utf-16": ("a.md", "text".encode("utf-16"), "a.md is "),
+    "utf-16": ("a.md", "text".encode("utf-16"), "a.md is UTF-16"),
     "truncated utf-8": ("a.txt", "é".encode()[:1], "not UTF-8 (byte 0)"),
     "empty": ("a.txt", b"", "no text in"),
     "blank": ("a.txt", b" \n\t\n", "no text in"),
-    "suffix": ("a.csv", b"text", "expected one of .txt, .md, .py, .jsonl, .jsonl.gz or a folder"),
+    "suffix": (
+        "a.csv",
+        b"text",
+        "expected one of .txt, .md, .py, ",
+    ),
     "no gzip": ("a.jsonl.gz", b'{"text": "a"}', "a.jsonl.gz is damaged, or no gzip file"),
     "gzip cut off": ("a.jsonl.gz", gzip.compress(b'{"text": "a"}')[:-9], "is damaged, or no gzip"),
     "gzip json": ("a.jsonl.gz", gzip.compress(b"x"), "a.jsonl.gz line 1: expected"),
@@ -99,6 +129,15 @@ BAD_FILES = {
     "json deep": ("a.jsonl", b"[" * 100_000, "a.jsonl line 1: expected"),
     "json type": ("a.jsonl", b'{"text": 5}\n', "a.jsonl line 1: text is not a string"),
     "json surrogate": ("a.jsonl", b'{"text": "a\\ud800"}', "a.jsonl line 1: text holds half"),
+    "chat no list": ("a.jsonl", b'{"messages": "hi"}', "line 1: messages is not a list"),
+    "chat empty": ("a.jsonl", b'{"messages": []}', "line 1: messages is not a list"),
+    "chat no role": ("a.jsonl", b'{"messages": [{"content": "a"}]}', "message 1 has no role"),
+    "chat null": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": null}]}',
+        "content of message 1 is not a string",
+    ),
+    "no parquet": ("a.parquet", b"PAR1 and more", "a.parquet is damaged, or no parquet file"),
     "json empty": ("a.jsonl", b'{"text": ""}\n', "no text in"),
 }
 
@@ -107,16 +146,16 @@ def test_gzipped_lines_are_lines(tmp_path: Path) -> None:
     """The same documents, and found in a folder, too."""
     lines = b'{"text": "one"}\n{"text": "zwei \xc3\xa9"}\n'
     path = write(tmp_path, "d.jsonl.gz", gzip.compress(lines))
-    found = read_documents([path])
+    found = read(path)
     assert [text for _, text in found] == ["one", "zwei \u00e9"]
-    assert read_documents([str(tmp_path)]) == found
+    assert read(str(tmp_path)) == found
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
 def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     """Each is refused in one line that says which flag, file and why."""
     with pytest.raises(UserError) as e:
-        read_documents([write(tmp_path, name, content)])
+        read(write(tmp_path, name, content))
     assert message in str(e.value)
     assert str(e.value).startswith("--data: ")
     assert "\n" not in str(e.value)
@@ -125,13 +164,13 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes, message: st
 @pytest.mark.parametrize("name", ["absent.txt", "absent/x.txt", "x" * 300])
 def test_missing_paths(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="no such file or folder"):
-        read_documents([str(tmp_path / name)])
+        read(str(tmp_path / name))
 
 
 def test_folder_without_text(tmp_path: Path) -> None:
     write(tmp_path, "data.bin", b"x")
     with pytest.raises(UserError, match=r"no \.txt, .* files under"):
-        read_documents([str(tmp_path)])
+        read(str(tmp_path))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads all")
@@ -139,7 +178,7 @@ def test_unreadable_permissions(tmp_path: Path) -> None:
     path = write(tmp_path, "a.txt", "text")
     os.chmod(path, 0)
     with pytest.raises(UserError, match="cannot read"):
-        read_documents([path])
+        read(path)
 
 
 def test_one_bad_file_spoils_the_folder(tmp_path: Path) -> None:
@@ -147,7 +186,7 @@ def test_one_bad_file_spoils_the_folder(tmp_path: Path) -> None:
     write(tmp_path, "a.txt", "good")
     write(tmp_path, "b.txt", b"\0")
     with pytest.raises(UserError, match=r"b\.txt is a binary"):
-        read_documents([str(tmp_path)])
+        read(str(tmp_path))
 
 
 # ----------------------------------------------------------------- paragraphs and sections
@@ -160,7 +199,7 @@ def test_deduplicate_keeps_first_occurrences() -> None:
         ("b", "two\n words\n \t\none"),
         ("c", "\nthree"),
     ]
-    assert deduplicate(documents) == [("a", "one\n\ntwo  words"), ("c", "three")]
+    assert list(deduplicate(documents)) == [("a", "one\n\ntwo  words"), ("c", "three")]
 
 
 PARAGRAPHS = st.lists(st.text(string.ascii_lowercase + " ", max_size=5), max_size=12)
@@ -170,11 +209,11 @@ PARAGRAPHS = st.lists(st.text(string.ascii_lowercase + " ", max_size=5), max_siz
 def test_deduplicate_is_idempotent(texts: list[list[str]]) -> None:
     """No paragraph is left twice, none is lost, and a second pass changes nothing."""
     documents = [(str(i), "\n\n".join(t)) for i, t in enumerate(texts)]
-    kept = deduplicate(documents)
+    kept = list(deduplicate(documents))
     left = [" ".join(p.split()) for _, t in kept for p in t.split("\n\n")]
     assert len(left) == len(set(left))
     assert set(left) == {" ".join(p.split()) for t in texts for p in t} - {""}
-    assert deduplicate(kept) == kept
+    assert list(deduplicate(kept)) == kept
 
 
 def test_sections_keep_the_text() -> None:
@@ -200,32 +239,44 @@ def test_a_paragraph_longer_than_a_section_is_cut() -> None:
 # ----------------------------------------------------------------------------------- split
 
 
-def test_split_is_a_partition_in_order() -> None:
+def halves(folder: Path, documents: list[Document]) -> tuple[list[str], list[str]]:
+    """The texts that `tokenise` puts into training and into validation, in order."""
+    folder.mkdir(exist_ok=True)
+    corpora.tokenise(documents, TOKENIZER, folder)
+    return tuple(  # type: ignore[return-value]
+        x.split("\n\n") if (x := (folder / part).read_text()) else [] for part in corpora.PARTS
+    )
+
+
+def test_split_is_a_partition_in_order(tmp_path: Path) -> None:
     """Each document is in exactly one part, in its old order, at about the given share."""
-    documents = numbered(4000)
-    train, validation = split(documents)
-    assert sorted(train + validation) == sorted(documents)
-    assert train == [d for d in documents if d in set(train)]
+    texts = [t for _, t in numbered(4000)]
+    train, validation = halves(tmp_path, numbered(4000))
+    assert sorted(train + validation) == sorted(texts)
+    assert train == [t for t in texts if t in set(train)]
+    assert validation == [t for t in texts if t in set(validation)]
     assert len(validation) / 4000 == pytest.approx(VALIDATION_SHARE, abs=0.012)
 
 
 @given(extra=st.integers(0, 60), reverse=st.booleans())
 def test_split_is_stable(extra: int, reverse: bool) -> None:
     """Added or reordered documents, or changed texts, do not move the old ones."""
-    base, more = numbered(100), [(f"more{i}", "x") for i in range(extra)]
+    base, more = numbered(100), [(f"more{i}", f"x{i}") for i in range(extra)]
     documents = [(n, t + "!") for n, t in base] + more
-    _, held = split(base)
+    with tempfile.TemporaryDirectory() as folder:
+        _, held = halves(Path(folder), base)
+        _, later = halves(Path(folder), documents[::-1] if reverse else documents)
     assert held
-    _, held_later = split(documents[::-1] if reverse else documents)
-    old = {n for n, _ in base}
-    assert {n for n, _ in held_later} & old == {n for n, _ in held}
+    assert {t[:-1] for t in later if t.startswith("text")} == set(held)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
-def test_something_is_held_out_of_few_documents(n: int) -> None:
-    train, validation = split(numbered(n))
-    assert validation
+def test_something_is_held_out_of_few_documents(tmp_path: Path, n: int) -> None:
+    """The one whose name's hash is the least, where none is below the share."""
+    train, validation = halves(tmp_path, numbered(n))
     assert train
+    least = min(numbered(n), key=lambda d: place(d[0] + "#0"))
+    assert least[1] in validation
 
 
 # --------------------------------------------------------------------------------- windows
@@ -244,9 +295,15 @@ def test_windows_overlap_by_one(length: int, seq_len: int) -> None:
     np.testing.assert_array_equal(got[1:, 0], got[:-1, -1])
 
 
-def test_token_stream_separates_documents() -> None:
-    tokens = token_stream([("a", "é"), ("b", "x")], TOKENIZER)
-    assert tokens.tolist() == [0xC3, 0xA9, 10, 10, 120]
+def test_documents_are_separated_by_a_blank_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing before the first or after the last, whatever is tokenised at once."""
+    documents = [(f"d{i}", f"é{i}") for i in range(50)]
+    whole = halves(tmp_path, documents)
+    monkeypatch.setattr(corpora, "CHARACTERS_AT_ONCE", 5)
+    assert halves(tmp_path, documents) == whole
+    assert sorted(whole[0] + whole[1]) == sorted(t for _, t in documents)
 
 
 def test_load_corpus(text_file: Path) -> None:
@@ -270,6 +327,79 @@ def test_fingerprint_follows_the_text(text_file: Path, tmp_path: Path) -> None:
     write(tmp_path, "a.txt", text[:-3] + "#" + text[-2:])
     second = load_corpus([path], 64, TOKENIZER)
     assert first.fingerprint != second.fingerprint
+
+
+def test_tokens_are_made_once(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second run maps the files of the first, which are made anew where one is damaged or the
+    text has changed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write(tmp_path, "a.txt", text_file.read_bytes())
+    made = []
+    tokenise = corpora.tokenise
+    monkeypatch.setattr(corpora, "tokenise", lambda *a: (made.append(1), tokenise(*a)))
+    first = load_corpus([path], 64, TOKENIZER)
+    second = load_corpus([path], 32, TOKENIZER)
+    assert len(made) == 1
+    assert first.fingerprint == second.fingerprint
+    expected = first.train[:50].copy()
+    folder, kept = cached_tokens([path], TOKENIZER)
+    assert kept
+    assert sorted(x.name for x in folder.parent.iterdir()) == [folder.name]
+    for spoil in (
+        lambda: (folder / "train").write_bytes(b"short"),
+        lambda: (folder / "index.json").write_text("{"),
+        lambda: (folder / "index.json").unlink(),
+        lambda: write(tmp_path, "a.txt", text_file.read_bytes() + b"more"),
+    ):
+        made.clear()
+        spoil()
+        found = load_corpus([path], 64, TOKENIZER)
+        assert len(made) == 1
+        assert np.array_equal(found.train[:50], expected)
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_corpus([str(text_file)], 64, TOKENIZER)
+    monkeypatch.setenv("XDG_CACHE_HOME", write(tmp_path, "file", "no folder"))
+    found = load_corpus([str(text_file)], 64, TOKENIZER)
+    assert found.fingerprint == expected.fingerprint
+    assert np.array_equal(found.train, expected.train)
+
+
+def test_a_text_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither half a cache nor a message of several lines."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write(tmp_path, "docs/a.txt", make_text(5000))
+    write(tmp_path, "docs/b.txt", b"\xff")
+    with pytest.raises(UserError, match=r"b\.txt is not UTF-8"):
+        load_corpus([str(tmp_path / "docs")], 64, TOKENIZER)
+    assert not list((tmp_path / "cache" / "apl-hybrid").iterdir())
+
+
+def test_parquet(tmp_path: Path) -> None:
+    """A column of texts, or of chats; another file is refused by name."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    for name, columns in {
+        "a.parquet": {"id": [1, 2], "text": ["one", "zwei é"]},
+        "b.parquet": {"messages": [chat]},
+        "c.parquet": {"words": ["x"]},
+    }.items():
+        parquet.write_table(arrow.table(columns), tmp_path / name)
+    assert read(str(tmp_path / "a.parquet")) == [("a.parquet:1", "one"), ("a.parquet:2", "zwei é")]
+    assert read(str(tmp_path / "b.parquet")) == [("b.parquet:1", chat)]
+    with pytest.raises(UserError, match="no column text or messages"):
+        read(str(tmp_path / "c.parquet"))
+
+
+def test_chats_need_a_template(tmp_path: Path) -> None:
+    line = '{"messages": [{"role": "user", "content": "hi"}]}\n'
+    with pytest.raises(UserError, match=r"a\.jsonl:1 is a chat; that needs a teacher with a chat"):
+        load_corpus([write(tmp_path, "a.jsonl", line)], 64, TOKENIZER)
 
 
 @pytest.mark.parametrize("text", ["short", "one\n\ntwo"])
@@ -435,8 +565,9 @@ def test_an_unwritable_cache_only_costs_time(
 
 def test_stdlib_train_and_validation_are_disjoint(cache: Path) -> None:
     """No document and no paragraph of the held-out text is in the training text."""
-    documents = deduplicate(cached_stdlib_documents())
-    train, validation = split(documents)
+    documents = list(deduplicate(cached_stdlib_documents()))
+    validation = [d for d in documents if place(d[0]) < VALIDATION_SHARE]
+    train = [d for d in documents if d not in validation]
     assert not {n for n, _ in train} & {n for n, _ in validation}
     seen = {" ".join(p.split()) for _, t in train for p in t.split("\n\n")}
     held = {" ".join(p.split()) for _, t in validation for p in t.split("\n\n")}

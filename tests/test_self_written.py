@@ -15,7 +15,7 @@ from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.models.teacher import load_teacher
 from lowbit.options import parse_options
 from lowbit.text import self_written
-from lowbit.text.documents import read_documents
+from lowbit.text.documents import find_files, read_documents
 from lowbit.text.self_written import written_by
 from lowbit.text.tokenizers import ByteTokenizer
 
@@ -76,7 +76,11 @@ def test_a_model_of_bytes_writes_too():
     config = ModelConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                          max_position_embeddings=32)  # fmt: skip
     path = written_by(CausalLM(config).initialise(0), ByteTokenizer(), 100, seed=0)
-    assert len(read_documents([str(path)])) == len(path.read_text().splitlines()) >= 5
+    assert (
+        len(list(read_documents(find_files([str(path)]))))
+        == len(path.read_text().splitlines())
+        >= 5
+    )
 
 
 def test_texts_follow_the_models_distribution(monkeypatch):
@@ -93,7 +97,7 @@ def test_texts_follow_the_models_distribution(monkeypatch):
 
     monkeypatch.setattr(model, "head", head)
     path = written_by(model, ByteTokenizer(), 1000, seed=0)
-    text = "".join(d[1:] for _, d in read_documents([str(path)]))
+    text = "".join(d[1:] for _, d in read_documents(find_files([str(path)])))
     letters = [c for c in text if c in "ab"]
     assert len(letters) > 0.9 * len(text)  # the first byte is random
     assert 0.4 < letters.count("a") / len(letters) < 0.6

@@ -16,12 +16,13 @@ from families import CHAT, FAMILIES, tiny_folder, tiny_net, tiny_tokenizer, writ
 
 import distillation
 from lowbit import UserError
+from lowbit.extras import EXTRAS
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
 from lowbit.models.interface import block_calls, wiring
 from lowbit.models.teacher import load_teacher
-from lowbit.models.transformers_lm import EXTRAS, TransformersLM, clone
 from lowbit.models.transformers_lm import FAMILIES as TRIED
+from lowbit.models.transformers_lm import TransformersLM, clone
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import QATLinear, latent, low_bit_layers, quantize_model
 from lowbit.text.self_written import chat_turns

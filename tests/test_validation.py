@@ -34,16 +34,16 @@ def test_loss_and_distance_are_those_of_whole_logits(monkeypatch, at_once):
         p = torch.log_softmax(teacher(ids[:, :-1]).logits.double(), -1)
     each = -q.gather(-1, ids[:, 1:, None])[..., 0].mean(1)
     assert found.loss == pytest.approx(float(each.mean()), rel=1e-5)
-    assert found.error == pytest.approx(float(each.std(unbiased=False)) / math.sqrt(7), rel=1e-4)
+    assert found.error == pytest.approx(float(each.std(unbiased=False)) / math.sqrt(7), rel=1e-3)
     assert found.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
     own = -p.gather(-1, ids[:, 1:, None]).mean()
     assert reference.teacher_loss == pytest.approx(float(own), rel=1e-5)
 
 
-def test_the_best_state_comes_back():
+def test_the_best_state_comes_back(tmp_path):
     model = CausalLM(CONFIG).initialise(0)
     model.embedding.weight.requires_grad_(False)
-    best = Best(model)
+    best = Best(model, tmp_path)
     best.see(3.0)
     weights = [p.detach().clone() for p in model.parameters()]
     for loss in (4.0, math.nan):
@@ -65,6 +65,8 @@ def test_memory_grows_with_what_it_is_for():
     assert one > 4 * 5 * trained  # two models, gradients, two moments
     assert estimate.memory_needed(teacher, 200, trained=trained) > one
     assert one > estimate.memory_needed(teacher, 100, trained=trained // 2)
+    assert one > estimate.memory_needed(teacher, 100, trained=trained, held=2)
+    assert one > estimate.memory_needed(teacher, 100, trained=trained, recomputes=True)
     assert estimate.memory_available(CPU) > 2**20
     ids = torch.zeros(1, 8, dtype=torch.long)
     assert estimate.seconds_a_token(teacher, ids) > 0

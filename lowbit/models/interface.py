@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from lowbit import UserError
@@ -133,6 +135,23 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+@contextmanager
+def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the forward pass keeps what enters each block and no more; the backward pass runs
+    the block again for the rest (activation checkpointing, arXiv 1604.06174)."""
+    held = list(blocks)
+    for block in held:
+        again = partial(
+            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=block.training
+        )
+        block.__dict__["forward"] = again
+    try:
+        yield
+    finally:
+        for block in held:
+            del block.__dict__["forward"]
 
 
 def stream_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:

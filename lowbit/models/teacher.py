@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lowbit import UserError
+from lowbit.extras import require
 from lowbit.files.checkpoint import load_float32
 from lowbit.files.packed import load_packed
 from lowbit.models.interface import LanguageModel
@@ -27,7 +28,6 @@ from lowbit.models.transformers_lm import (
     check_head,
     load_tokenizer,
     refuse_kind,
-    require,
 )
 from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, tokenizer_from
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 
 from lowbit import UserError
+from lowbit.extras import require
 from lowbit.models.interface import Features, LanguageModel, hooked, require_state
 
 #: Families (``model_type``) whose conversion is tested.
@@ -26,25 +27,6 @@ FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma", "gemma2", "gemma3_text", "phi",
     "phi3",
 )  # fmt: skip
-
-
-#: What the extras of pyproject.toml install.
-EXTRAS = {
-    "hf": "transformers tokenizers safetensors",
-    "gguf": "transformers tokenizers safetensors gguf accelerate",
-}
-
-
-def require(package: str, extra: str) -> Any:
-    """Import an optional package, or say in one line what to install."""
-    import importlib
-
-    try:
-        return importlib.import_module(package)
-    except ImportError as e:
-        raise UserError(
-            f"this needs the package {package}, of the extra {extra}: pip install {EXTRAS[extra]}"
-        ) from e
 
 
 def load_tokenizer(folder: Any) -> Any:
@@ -164,6 +146,15 @@ def clone(model: TransformersLM, layers: list[int] | None = None) -> Transformer
             if values:
                 setattr(config, name, [values[i] for i in layers])
     return TransformersLM(net.float().requires_grad_(True))
+
+
+def hold_linears(model: TransformersLM, dtype: torch.dtype) -> None:
+    """Hold the blocks' linear layers of a frozen model in the dtype in which autocast multiplies
+    them: the same products, without a copy at every use."""
+    for block in model.blocks:
+        for m in block.modules():
+            if type(m) is nn.Linear:
+                m.to(dtype)
 
 
 def from_config(values: dict[str, Any]) -> TransformersLM:

@@ -137,6 +137,7 @@ class QATLinear(nn.Linear):
         if mode == "int8" and (scope != "row" or learnable_scale):
             raise ValueError("int8 has one scale a row, in closed form")
         self.mode, self.scope, self.enabled, self.strength = mode, scope, True, 1.0
+        self.kept: dict[str, torch.Tensor] | None = None  # of `rounded_once`
         if learnable_scale:
             shape = (out_features, 1) if scope == "row" else (1, 1)
             self.weight_scale = nn.Parameter(torch.ones(shape))
@@ -189,12 +190,23 @@ class QATLinear(nn.Linear):
         if self.weight_scale is not None:
             rounded = _LearnedScale.apply(self.weight, self._learned(), self.mode)
             return rounded if self.strength == 1 else self.weight.lerp(rounded, self.strength)
-        with torch.no_grad():
-            codes, scale = self._closed_form()
-            quantized = codes.mul_(scale)
-            if self.strength < 1:
-                quantized = torch.lerp(self.weight, quantized, self.strength)
-        return _StraightThrough.apply(self.weight, quantized)
+        return _StraightThrough.apply(self.weight, self._rounded())
+
+    @torch.no_grad()
+    def _rounded(self) -> torch.Tensor:
+        if self.kept and "weight" in self.kept:
+            return self.kept["weight"]
+        codes, scale = self._closed_form()
+        quantized = codes.mul_(scale)
+        if self.strength < 1:
+            quantized = torch.lerp(self.weight, quantized, self.strength)
+        if self.kept is not None:
+            # What autocast would make of it, at every use.
+            kind = quantized.device.type
+            if torch.is_autocast_enabled(kind):
+                quantized = quantized.to(torch.get_autocast_dtype(kind))
+            self.kept["weight"] = quantized
+        return quantized
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.quantized_weight(), self.bias)
@@ -303,6 +315,20 @@ def strength(model: nn.Module, value: float) -> Iterator[None]:
             m.strength = 1.0
 
 
+@contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """Inside, each linear layer rounds its weights at the first forward pass and keeps them for
+    the next ones, so the weights must not change: the passes of one training step."""
+    layers = [m for _, m in low_bit_layers(model) if isinstance(m, QATLinear)]
+    for m in layers:
+        m.kept = {}
+    try:
+        yield
+    finally:
+        for m in layers:
+            m.kept = None
+
+
 @torch.no_grad()
 def snapshot_codes(model: nn.Module) -> dict[str, torch.Tensor]:
     """int8 codes of every ternary or 1-bit layer, to count flips with `count_flips`."""
@@ -313,7 +339,13 @@ def snapshot_codes(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def count_flips(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> float:
-    """Share of codes that differ."""
-    changed = sum((before[n] != after[n]).sum() for n in after)
-    return float(changed) / max(1, sum(c.numel() for c in after.values()))
+@torch.no_grad()
+def count_flips(model: nn.Module, codes: dict[str, torch.Tensor]) -> float:
+    """Share of the model's codes that differ from a snapshot, which then becomes today's."""
+    changed = torch.zeros((), dtype=torch.int64)
+    for name, layer in low_bit_layers(model):
+        if name in codes and isinstance(layer, QATLinear):
+            now = layer.codes_and_scale()[0].to(torch.int8)
+            changed += (now != codes[name]).sum().cpu()
+            codes[name] = now
+    return float(changed) / max(1, sum(c.numel() for c in codes.values()))

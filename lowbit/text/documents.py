@@ -1,8 +1,8 @@
 """Documents: reading, deduplication, and the split into training and validation.
 
-A *document* is a named text. Documents go to training or validation by a hash of their name, so
-the split does not move when documents are added, and no document is in both. Paragraphs that
-occur twice are kept once, across the whole collection.
+A *document* is a named text, or a chat. Documents go to training or validation by a hash of their
+name, so the split does not move when documents are added, and no document is in both. Paragraphs
+that occur twice are kept once, across the whole collection.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ import sys
 import sysconfig
 import tempfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from lowbit import UserError
+from lowbit.extras import require
+from lowbit.text.tokenizers import Message
 
-SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 VALIDATION_SHARE = 0.06
 MIN_DOCUMENTS = 20  # with fewer, sections of the documents are split instead
 SECTION_CHARS = 4000
 
-Document = tuple[str, str]  # (name, text)
+Document = tuple[str, "str | list[Message]"]  # (name, text or chat)
 
 
 # ------------------------------------------------------------------------ reading documents
@@ -43,7 +44,7 @@ def stdlib_documents() -> list[Document]:
     """
     from pydoc_data import topics
 
-    documents = [(f"topic/{k}", v) for k, v in sorted(topics.topics.items())]
+    documents: list[Document] = [(f"topic/{k}", v) for k, v in sorted(topics.topics.items())]
     root = Path(sysconfig.get_path("stdlib"))
     skip = {"site-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3", "pydoc_data"}
     for folder, subfolders, files in os.walk(root):
@@ -89,91 +90,186 @@ def cached_stdlib_documents() -> list[Document]:
     return documents
 
 
-def read_documents(paths: Sequence[str]) -> list[Document]:
-    """Read files and folders of .txt, .md, .py and .jsonl (a ``text`` field on each line), the
-    last also gzipped.
+def find_files(paths: Sequence[str]) -> list[tuple[str, Path]]:
+    """Files of known suffixes, as (name, path), in a fixed order. The name is relative to the
+    folder that was given, so that it does not depend on where that lies or how it is spelled.
+    Hidden files and folders inside it are left out.
 
-    Raises UserError for a path that does not exist, is empty, binary or not UTF-8.
+    Raises UserError for a path that does not exist or holds no such file.
     """
-    documents: list[Document] = []
+    found: list[tuple[str, Path]] = []
     for given in paths:
         path = Path(given)
-        if not os.path.exists(path):  # unlike Path.exists, False for a name that is too long
-            raise UserError(f"--data: no such file or folder: {given}")
+        if not given or not os.path.exists(path):  # unlike Path.exists, False for long names
+            raise UserError(f"--data: no such file or folder: {given or '(an empty path)'}")
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+            inside = [(p.relative_to(path), p) for p in path.rglob("*") if is_text(p)]
+            files = [
+                (name.as_posix(), p)
+                for name, p in sorted(inside)
+                if not any(part.startswith(".") for part in name.parts) and p.is_file()
+            ]
             if not files:
                 raise UserError(f"--data: no {', '.join(SUFFIXES)} files under {given}")
-        elif path.name.endswith(SUFFIXES):
-            files = [path]
+        elif is_text(path):
+            files = [(path.name, path)]
         else:
             raise UserError(f"--data: {given}: expected one of {', '.join(SUFFIXES)} or a folder")
-        for file in files:
-            documents += _read_file(file)
-    if not any(text.strip() for _, text in documents):
-        raise UserError(f"--data: no text in {', '.join(paths)}")
-    return documents
+        found += files
+    return found
 
 
-def _read_file(path: Path) -> list[Document]:
+def is_text(path: Path) -> bool:
+    return path.name.lower().endswith(SUFFIXES)
+
+
+def read_documents(
+    files: Sequence[tuple[str, Path]], progress: Callable[[int], Any] = lambda n: None
+) -> Iterator[Document]:
+    """The documents of `find_files`' files, one after another: .txt, .md and .py are one each; of
+    .jsonl (also gzipped) and .parquet each record is one, which has a ``text`` or, for a chat,
+    ``messages``. progress is told the bytes of each file that was read.
+
+    Raises UserError for a file that is binary, not UTF-8, damaged or of another form, and where
+    there is no text in any.
+    """
+    empty = True
+    for name, path in files:
+        for document in _read_file(name, path):
+            empty = empty and isinstance(document[1], str) and not document[1].strip()
+            yield document
+        progress(path.stat().st_size)
+    if empty:
+        raise UserError(f"--data: no text in {', '.join(str(p) for _, p in files[:3])}")
+
+
+def _read_file(name: str, path: Path) -> Iterator[Document]:
+    lower = path.name.lower()
     try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+        if lower.endswith(".parquet"):
+            yield from _rows(name, path)
+        elif lower.endswith(".jsonl"):
+            with path.open("rb") as f:
+                yield from _lines(name, path, f)
+        elif lower.endswith(".gz"):
+            with gzip.open(path, "rb") as f:
+                yield from _lines(name, path, f)
+        else:
+            yield name, _text(path, path.read_bytes()).replace("\r\n", "\n")
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise UserError(f"--data: {path} is damaged, or no gzip file") from e
     except OSError as e:
         raise UserError(f"--data: cannot read {path}: {e.strerror}") from e
+
+
+def _text(path: Path, raw: bytes) -> str:
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"--data: {path} is UTF-16, not UTF-8; convert it first")
     if b"\0" in raw:
         raise UserError(f"--data: {path} is a binary file, not text")
     try:
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"--data: {path} is not UTF-8 (byte {e.start}); convert it first") from e
-    if path.suffix not in (".jsonl", ".gz"):
-        return [(str(path), text)]
-    documents = []
-    for n, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+
+
+def _lines(name: str, path: Path, file: Iterable[bytes]) -> Iterator[Document]:
+    for n, raw in enumerate(file, 1):
+        if not raw.strip():
             continue
         try:
-            record = json.loads(line)
-            value = record["text"]
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise UserError(f'--data: {path} line {n}: expected {{"text": "..."}}') from e
-        if not isinstance(value, str):
-            raise UserError(f"--data: {path} line {n}: text is not a string")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as e:
-            raise UserError(f"--data: {path} line {n}: text holds half a surrogate pair") from e
-        documents.append((f"{path}:{n}", value))
-    return documents
+            record = json.loads(_text(path, raw))
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"--data: {path} line {n}: expected {EXPECTED}") from e
+        yield f"{name}:{n}", _content(record, f"{path} line {n}")
+
+
+def _rows(name: str, path: Path) -> Iterator[Document]:
+    parquet = require("pyarrow.parquet", "parquet")
+    try:
+        file = parquet.ParquetFile(path)
+        columns = [c for c in ("messages", "text") if c in file.schema_arrow.names][:1]
+        if not columns:
+            raise UserError(f"--data: {path} has no column text or messages")
+        n = 0
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for record in batch.to_pylist():
+                n += 1
+                yield f"{name}:{n}", _content(record, f"{path} row {n}")
+    except (OSError, UserError):
+        raise
+    except Exception as e:  # the library's own errors
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise UserError(f"--data: {path} is damaged, or no parquet file: {reason}") from e
+
+
+EXPECTED = '{"text": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}'
+
+
+def _content(record: Any, where: str) -> str | list[Message]:
+    """The text or chat of one record. UserError where it has neither."""
+    if not isinstance(record, dict) or not record.keys() & {"text", "messages"}:
+        raise UserError(f"--data: {where}: expected {EXPECTED}")
+    if "messages" not in record:
+        return _sound(record["text"], f"{where}: text")
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"--data: {where}: messages is not a list of messages")
+    chat = []
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
+            raise UserError(f"--data: {where}: message {i} has no role or no content")
+        chat.append(
+            {k: _sound(message[k], f"{where}: {k} of message {i}") for k in ("role", "content")}
+        )
+    return chat
+
+
+def _sound(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise UserError(f"--data: {what} is not a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise UserError(f"--data: {what} holds half a surrogate pair") from e
+    return value
 
 
 # -------------------------------------------------------------------------------------- splitting
 
 
-def deduplicate(documents: Iterable[Document]) -> list[Document]:
-    """Keep each paragraph's first occurrence (whitespace ignored); drop empty documents."""
-    seen: set[str] = set()
-    kept = []
-    for name, text in documents:
+def deduplicate(documents: Iterable[Document]) -> Iterator[Document]:
+    """Keep each paragraph's first occurrence (whitespace ignored) and each chat's; drop empty
+    documents. What was seen is remembered as numbers of 64 bits."""
+    seen: set[int] = set()
+
+    def new(text: str) -> bool:
+        key = hash(text)
+        fresh = key not in seen
+        seen.add(key)
+        return fresh
+
+    for name, content in documents:
+        if not isinstance(content, str):
+            if new(json.dumps(content)):
+                yield name, content
+            continue
         paragraphs = []
-        for paragraph in re.split(r"\n\s*\n", text):
-            key = " ".join(paragraph.split())
-            if key and key not in seen:
-                seen.add(key)
+        for paragraph in re.split(r"\n\s*\n", content):
+            words = " ".join(paragraph.split())
+            if words and new(words):
                 paragraphs.append(paragraph.strip("\n"))
         if paragraphs:
-            kept.append((name, "\n\n".join(paragraphs)))
-    return kept
+            yield name, "\n\n".join(paragraphs)
 
 
 def into_sections(documents: Iterable[Document]) -> list[Document]:
-    """Cut documents at paragraph ends into sections of about SECTION_CHARS characters."""
-    sections = []
+    """Cut texts at paragraph ends into sections of about SECTION_CHARS characters."""
+    sections: list[Document] = []
     for name, text in documents:
+        if not isinstance(text, str):
+            sections.append((name, text))
+            continue
         part: list[str] = []
         size = n = 0
         paragraphs = [
@@ -192,13 +288,7 @@ def into_sections(documents: Iterable[Document]) -> list[Document]:
     return sections
 
 
-def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, validation), by a hash of each name; at least one document in validation."""
-    digest = [int(hashlib.sha256(n.encode()).hexdigest()[:8], 16) / 2**32 for n, _ in documents]
-    held = {i for i, x in enumerate(digest) if x < VALIDATION_SHARE}
-    if not held and len(documents) > 1:
-        held = {int(np.argmin(digest))}
-    return (
-        [d for i, d in enumerate(documents) if i not in held],
-        [d for i, d in enumerate(documents) if i in held],
-    )
+def place(name: str) -> float:
+    """A document's place in [0, 1), by a hash of its name: below VALIDATION_SHARE it is held out
+    for validation. So the split does not move when documents are added or changed."""
+    return int(hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) / 2**32

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from lowbit import UserError
+
+#: Marks, in ids of 32 bits, a token that is read but that no loss counts.
+UNCOUNTED = np.uint32(1 << 31)
+
+Message = dict[str, str]  # role, content
 
 
 class Tokenizer(Protocol):
@@ -20,6 +25,13 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> np.ndarray:
         """Text to ids, unsigned integers (n,)."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """`encode` of each text."""
+
+    def encode_chat(self, name: str, messages: Sequence[Message]) -> np.ndarray:
+        """A chat as the model's template has it, to ids uint32 (n,), with `UNCOUNTED` in all but
+        the assistant's tokens. UserError, which names the document, where that cannot be."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text."""
@@ -38,6 +50,12 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         """Text to ids: uint8 array of shape (number of UTF-8 bytes,)."""
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def encode_chat(self, name: str, messages: Sequence[Message]) -> np.ndarray:
+        raise UserError(f"--data: {name} is a chat; that needs a teacher with a chat template")
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text; bytes that are not UTF-8 become U+FFFD."""
@@ -70,11 +88,58 @@ class TeacherTokenizer:
         self._dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
     def encode(self, text: str) -> np.ndarray:
-        ids = self.wrapped(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if not texts:
+            return []
+        found = self.wrapped(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [self._checked(ids) for ids in found]
+
+    def _checked(self, ids: Sequence[int]) -> np.ndarray:
         if ids and max(ids) >= self.vocab_size:
             token = self.wrapped.convert_ids_to_tokens(max(ids))
             raise UserError(f"the text holds {token!r}, a token that the teacher has not")
         return np.asarray(ids, dtype=self._dtype)
+
+    def encode_chat(self, name: str, messages: Sequence[Message]) -> np.ndarray:
+        if not self.wrapped.chat_template:
+            raise UserError(f"--data: {name} is a chat, but the teacher has no chat template")
+        if not self.wrapped.is_fast:
+            raise UserError(f"--data: {name} is a chat; that needs a tokenizer.json of the teacher")
+        try:
+            text = self.wrapped.apply_chat_template(list(messages), tokenize=False)
+        except Exception as e:  # a template may ask for anything, and raise anything
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise UserError(f"--data: {name}: the teacher's chat template refuses: {reason}") from e
+        spans = self._answers(name, text, messages)
+        found = self.wrapped(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids = self._checked(found["input_ids"]).astype(np.uint32)
+        starts = np.array([start for start, _ in found["offset_mapping"]])
+        counted = np.zeros(len(ids), bool)
+        for start, end in spans:
+            counted |= (start <= starts) & (starts < end)
+        return np.where(counted, ids, ids | UNCOUNTED)
+
+    def _answers(self, name: str, text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
+        """Where in a chat's text the assistant speaks, with the mark that ends its turn."""
+        spans, at, end = [], 0, self.wrapped.eos_token or ""
+        for n, message in enumerate(messages, 1):
+            content = message["content"].strip()
+            start = text.find(content, at)
+            if start < 0:
+                raise UserError(
+                    f"--data: {name}: the teacher's chat template changes what message {n} says, "
+                    "so its tokens cannot be told from the others"
+                )
+            at = start + len(content)
+            if message["role"] == "assistant":
+                if end and text.startswith(end, at):
+                    at += len(end)
+                spans.append((start, at))
+        return spans
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.wrapped.decode([int(i) for i in ids], skip_special_tokens=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,18 +39,43 @@ def weights(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def memory_needed(teacher: LanguageModel, tokens: int, *, trained: int) -> float:
-    """Bytes for teacher, student, gradients, two moments, the best state so far, rounded weights,
-    codes, activations of a batch of so many tokens, and the logits of a chunk. trained: the
-    student's weights that are. What an allocator leaves between is a tenth."""
+def memory_needed(
+    teacher: LanguageModel, tokens: int, *, trained: int, recomputes: bool = False, held: int = 4
+) -> float:
+    """Bytes for teacher, student, gradients, two moments, rounded weights, codes, activations of a
+    pass of so many tokens (with ``recomputes`` of one block), and the logits of a chunk.
+
+    trained: the student's weights that are; held: bytes of a weight of the teacher's blocks. What
+    an allocator leaves between is a tenth.
+    """
     blocks = len(teacher.blocks)
     outputs = sum(
         m.out_features for b in teacher.blocks for m in b.modules() if isinstance(m, nn.Linear)
     )
-    kept = tokens * (KEPT_OF_WIDTH * blocks * teacher.hidden_size + KEPT_OF_OUTPUTS * outputs)
+    kept = KEPT_OF_WIDTH * blocks * teacher.hidden_size + KEPT_OF_OUTPUTS * outputs
+    if recomputes:
+        kept = kept / blocks + 2 * blocks * teacher.hidden_size
     logits = 6 * min(LOGITS_AT_ONCE, tokens * teacher.vocab_size)
-    floats = 2 * weights(teacher) + 4 * trained + kept + logits
-    return 1.1 * (4.0 * floats + 6.0 * trained + PROCESS)
+    inside = weights(teacher.blocks)
+    models = 4.0 * (2 * weights(teacher) - inside) + held * inside
+    return 1.1 * (models + 4.0 * (3 * trained + tokens * kept + logits) + 5.0 * trained + PROCESS)
+
+
+def choose_passes(
+    batch: int, length: int, most: int, few: int, fits: Callable[[int, bool], bool]
+) -> tuple[int, bool]:
+    """Windows a forward pass, and whether blocks are computed again in the backward pass.
+
+    Passes hold at most ``most`` windows; they are halved while memory is too short and they have
+    at least ``few`` tokens, then blocks are computed again, and then they are halved further. What
+    ``fits`` refuses to the end is answered by the least.
+    """
+    sizes = [min(batch, most)]
+    while sizes[-1] > 1:
+        sizes.append((sizes[-1] + 1) // 2)
+    plain = [m for m in sizes if m * length >= few] or sizes[:1]
+    choices = [(m, False) for m in plain] + [(m, True) for m in sizes[len(plain) - 1 :]]
+    return next((c for c in choices if fits(*c)), choices[-1])
 
 
 def memory_available(device: torch.device) -> float:

@@ -10,6 +10,13 @@ import torch.nn.functional as F
 from lowbit.models.interface import LanguageModel
 
 LOGITS_AT_ONCE = 1 << 24  # of each model: 64 MiB in float32
+IGNORED = -100  # the label of a token that no loss counts, as in torch
+
+
+def window_means(values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Means of (B, T) over the tokens that count; 0 for a window without any: (B,)."""
+    counted = labels != IGNORED
+    return torch.where(counted, values, 0).sum(1) / counted.sum(1).clamp_min(1)
 
 
 def distillation_terms(
@@ -21,15 +28,16 @@ def distillation_terms(
     """Logits (B, T, V) twice and labels (B, T) -> (cross-entropy, KL), each (B,), nats a token.
 
     KL = tau^2 sum_v p_tau log(p_tau / q_tau), p the teacher (Hinton et al., arXiv 1503.02531,
-    section 2; tau^2 keeps the gradient's size). Means over positions, so neither depends on T.
+    section 2; tau^2 keeps the gradient's size). Means over positions whose label is not IGNORED,
+    so neither depends on T.
     """
     log_q = F.log_softmax(student.float(), dim=-1)
-    ce = -log_q.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(dim=1)
+    ce = -log_q.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     if temperature != 1.0:
         log_q = F.log_softmax(student.float() / temperature, dim=-1)
     log_p = F.log_softmax(teacher.float() / temperature, dim=-1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).mean(dim=1)
-    return ce, kl * temperature**2
+    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    return window_means(ce, labels), window_means(kl, labels) * temperature**2
 
 
 def hidden_state_loss(
@@ -149,13 +157,16 @@ def chunked_objective(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`distillation_terms` where logits of all tokens would be large.
 
-    final and target: what the heads of student and teacher read, (B, T, C); labels (B, T); weights
-    (B,). Returns mean_b weights_b (alpha CE_b + (1 - alpha) KL_b), with gradients, and CE and KL,
-    (B,) each, without. At most LOGITS_AT_ONCE logits of each model exist at a time.
+    final and target: what the heads of student and teacher read, (B, T, C); labels (B, T), IGNORED
+    where a token does not count; weights (B,). Returns mean_b weights_b (alpha CE_b + (1 - alpha)
+    KL_b), with gradients, and CE and KL, (B,) each, without. At most LOGITS_AT_ONCE logits of each
+    model exist at a time.
     """
     weight, bias = student.head_parameters()
     theirs = teacher.head_parameters()
-    each = (weights / (labels.size(1) * len(labels))).float().repeat_interleave(labels.size(1))
+    counted = labels != IGNORED
+    share = weights.float() / (counted.sum(1).clamp_min(1) * len(labels))
+    each = (share[:, None] * counted).flatten()
     total, ce, kl = _ChunkedObjective.apply(
         final.flatten(0, 1),
         weight,
@@ -163,11 +174,12 @@ def chunked_objective(
         student.logits,
         lambda x: teacher.logits(x, *theirs),
         target.flatten(0, 1),
-        labels.flatten(),
+        labels.clamp_min(0).flatten(),
         each,
         (alpha, temperature, max(1, LOGITS_AT_ONCE // student.vocab_size)),
     )
-    return total, ce.view(labels.shape).mean(1), kl.view(labels.shape).mean(1)
+    ce, kl = (window_means(x.view(labels.shape), labels) for x in (ce, kl))
+    return total, ce, kl
 
 
 def weighted_mean(values: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:

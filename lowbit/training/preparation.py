@@ -30,6 +30,7 @@ from lowbit.training.estimate import (
     GIB,
     STEP_PASSES,
     Estimate,
+    choose_passes,
     memory_available,
     memory_needed,
     seconds_a_token,
@@ -38,6 +39,8 @@ from lowbit.training.estimate import (
 from lowbit.training.validation import autocast, batch_of
 
 CALIBRATION_BATCH = 8  # windows at a time
+#: Tokens of a forward pass: at most, as the default; and those below which it becomes slow.
+PASS_TOKENS = {"cpu": (512, 128), "cuda": (1 << 20, 2048)}
 
 
 def choose_device(name: str) -> torch.device:
@@ -122,23 +125,51 @@ def own_text(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer
         return str(written_by(teacher, tokenizer, o.self_tokens, o.seed, bar.update))
 
 
-def estimate(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estimate:
-    """What a run from a `transformers` teacher will take. UserError where memory is too short."""
+def plan(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estimate | None:
+    """Settle how a step is cut into passes, by the memory that is free; what the run will take,
+    where the teacher is one of `transformers`'. UserError where memory is too short."""
+    if not isinstance(teacher, TransformersLM):
+        o.micro_batch_size = min(o.micro_batch_size or o.batch_size, o.batch_size)
+        o.activation_checkpointing = bool(o.activation_checkpointing)
+        return None
     device = teacher.embedding.weight.device
-    ids = batch_of(corpus.train[: o.batch_size], device)[0]
-    with autocast(device, choose_dtype(device, teacher)):
+    dtype = choose_dtype(device, teacher)
+    held = dtype.itemsize if dtype else 4
+    trained = weights(teacher) - weights(teacher.embedding)
+    # The teacher is in memory already.
+    available = memory_available(device) + 4 * weights(teacher)
+
+    def needed(windows: int, recomputes: bool) -> float:
+        return memory_needed(
+            teacher, windows * o.seq_len, trained=trained, recomputes=recomputes, held=held
+        )
+
+    def fits(windows: int, recomputes: bool) -> bool:
+        asked = (o.micro_batch_size, o.activation_checkpointing)
+        wanted = all(a in (None, x) for a, x in zip(asked, (windows, recomputes), strict=True))
+        return wanted and needed(windows, recomputes) <= available
+
+    most, few = PASS_TOKENS[device.type]
+    most = o.micro_batch_size or max(1, most // o.seq_len)
+    windows, recomputes = choose_passes(o.batch_size, o.seq_len, most, few, fits)
+    if o.micro_batch_size is None:
+        o.micro_batch_size = windows
+    o.micro_batch_size = min(o.micro_batch_size, o.batch_size)
+    if o.activation_checkpointing is None:
+        o.activation_checkpointing = recomputes
+
+    ids = batch_of(corpus.train[: o.micro_batch_size], device)[0]
+    with autocast(device, dtype):
         second = seconds_a_token(teacher, ids)
-    steps = o.epochs * math.ceil((o.samples_per_epoch or len(corpus.train)) / o.batch_size)
-    tokens = STEP_PASSES * steps * ids.numel() + CALIBRATION_PASSES * o.calibration_tokens * bool(
+    windows_in_all = o.epochs * (o.samples_per_epoch or len(corpus.train))
+    passes = STEP_PASSES + o.activation_checkpointing
+    tokens = passes * windows_in_all * o.seq_len + CALIBRATION_PASSES * o.calibration_tokens * bool(
         o.calibrate
     )
-    trained = weights(teacher) - weights(teacher.embedding)
-    needed = memory_needed(teacher, ids.numel(), trained=trained)
-    # The teacher is in memory already.
-    found = Estimate(needed, memory_available(device) + 4 * weights(teacher), tokens * second)
-    if found.memory > found.available:
+    memory = needed(o.micro_batch_size, o.activation_checkpointing)
+    if memory > available:
         raise UserError(
-            f"--teacher {o.teacher}: the run needs about {found.memory / GIB:.1f} GiB of memory, "
-            f"{found.available / GIB:.1f} are free; a smaller --batch_size or --seq_len needs less"
+            f"--teacher {o.teacher}: the run needs about {memory / GIB:.1f} GiB of memory, "
+            f"{available / GIB:.1f} are free; a smaller --seq_len or --student_layers needs less"
         )
-    return found
+    return Estimate(memory, available, tokens * second)

@@ -7,9 +7,11 @@ logits on 64 windows of 256 tokens would be gigabytes where the vocabulary is la
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,24 @@ import torch
 import torch.nn as nn
 
 from lowbit.models.interface import LanguageModel
-from lowbit.training.losses import distillation_objective
+from lowbit.text.tokenizers import UNCOUNTED
+from lowbit.training.losses import IGNORED, distillation_objective
 
 EVAL_TOKENS = {"cpu": 2048, "cuda": 16384}  # at a time
 
 
 def batch_of(windows: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows (B, T + 1) -> inputs (B, T) and next-token labels (B, T)."""
+    """Windows (B, T + 1) -> inputs (B, T) and next-token labels (B, T), IGNORED where no loss
+    counts them."""
     ids = torch.from_numpy(windows.astype(np.int64)).to(device)
-    return ids[:, :-1], ids[:, 1:]
+    mark = int(UNCOUNTED)
+    labels = torch.where(ids < mark, ids, IGNORED)[:, 1:]
+    return ids[:, :-1] % mark, labels
+
+
+def counted_tokens(windows: np.ndarray) -> np.ndarray:
+    """How many labels of each window (B, T + 1) losses count: (B,)."""
+    return (windows[:, 1:] < UNCOUNTED).sum(1)
 
 
 def pick_windows(windows: np.ndarray, count: int) -> np.ndarray:
@@ -42,8 +53,9 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
 
 @dataclass
 class Validation:
-    """loss: mean cross-entropy; error: its standard error over windows; kl: mean KL to the
-    teacher. Nats a token."""
+    """loss: mean cross-entropy over tokens; error: its standard error, windows being independent
+    (of a ratio, where windows count different numbers of tokens); kl: mean KL to the teacher. Nats
+    a token."""
 
     loss: float
     error: float
@@ -51,25 +63,35 @@ class Validation:
 
 
 class Best:
-    """The trained weights of a model as they were when it validated best."""
+    """The trained weights of a model as they were when it validated best.
 
-    def __init__(self, model: nn.Module) -> None:
+    They are kept in a file without a name in ``folder``, which the system removes with the
+    process: as many bytes as the student's weights, which memory should not hold once more.
+    """
+
+    def __init__(self, model: nn.Module, folder: str | Path) -> None:
         self.model, self.loss = model, math.inf
-        self._weights: list[torch.Tensor] = []
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def see(self, loss: float) -> None:
-        """Told the validation loss that the model has now."""
+        """Told the validation loss that the model has now. OSError where the disk is full."""
         if loss < self.loss:
-            self.loss, self._weights = loss, [p.detach().cpu().clone() for p in self._trained()]
+            self._file.seek(0)
+            for p in self._trained():
+                self._file.write(p.detach().cpu().contiguous().numpy().data)
+            self.loss = loss
 
     @torch.no_grad()
     def restore(self) -> None:
-        for p, best in zip(self._trained(), self._weights, strict=bool(self._weights)):
-            p.copy_(best)
+        """Give the model the best weights that were seen."""
+        self._file.seek(0)
+        for p in self._trained():
+            raw = self._file.read(p.numel() * p.element_size())
+            p.copy_(torch.frombuffer(bytearray(raw), dtype=p.dtype).view(p.shape))
 
 
 class Reference:
@@ -110,6 +132,9 @@ class Reference:
                 )
             ces.append(ce)
             kls.append(kl)
-        ce = torch.cat(ces).double()
-        error = float(ce.std(unbiased=False)) / math.sqrt(len(ce))
-        return Validation(float(ce.mean()), error, float(torch.cat(kls).double().mean()))
+        counts = torch.from_numpy(counted_tokens(self.windows)).double()
+        share = counts / counts.sum().clamp_min(1)
+        ce, kl = (torch.cat(x).double().cpu() for x in (ces, kls))
+        loss = float((ce * share).sum())
+        error = float((share * (ce - loss)).square().sum().sqrt())
+        return Validation(loss, error, float((kl * share).sum()))
