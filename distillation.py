@@ -28,8 +28,11 @@ from hybrid_optimization import (
     HybridTrainingConfig,
 )
 from lowbit import RunFailed, UserError
+from lowbit.export import export
+from lowbit.extras import require
 from lowbit.files.atomic import prepare_folder
 from lowbit.files.checkpoint import save_float32
+from lowbit.files.gguf_file import check_exportable
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
 from lowbit.models.decoder import CausalLM
@@ -111,6 +114,9 @@ def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None
         torch.set_flush_denormal(True)
     teacher, tokenizer = load_teacher(o.teacher)
     settle(o, teacher, tokenizer)
+    if o.export:
+        require("gguf", "gguf")
+        check_exportable(teacher.describe(), tokenizer.describe())
     limit = teacher.max_positions
     if o.seq_len > limit:
         raise UserError(f"--seq_len {o.seq_len}: the teacher reads at most {limit} tokens")
@@ -420,6 +426,9 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     student = load_packed(paths["packed"])[0].to(s.device).eval()
     if isinstance(student, TransformersLM):
         save_folder(paths["transformers"], student, vocabulary["files"])
+    if "gguf" in paths:
+        for line in export(str(paths["packed"]), "gguf", str(paths["gguf"]), None):
+            say(line)
     quantized = reference.validate(student)
     teacher, unit = reference.teacher_loss, s.tokenizer.unit
 

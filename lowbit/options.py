@@ -206,7 +206,7 @@ def make_parser() -> Parser:
         type=count,
         metavar="N",
         help="windows a forward pass; gradients of a step are summed over its passes (default: "
-        "what memory allows, on a CPU 512 tokens for a teacher's own vocabulary)",
+        "what memory allows, on a CPU 1024 tokens for a teacher's own vocabulary)",
     )
     g.add_argument(
         "--activation_checkpointing",
@@ -324,6 +324,14 @@ def make_parser() -> Parser:
         help="write student_metrics.csv (and .png with the plot extra)",
     )
     g.add_argument("--metrics_out", metavar="FILE", help="the CSV's path; implies --save_metrics")
+    g.add_argument(
+        "--export",
+        nargs="+",
+        choices=["gguf"],
+        default=[],
+        metavar="FORM",
+        help="gguf: also a file that llama.cpp loads (extra gguf; apl-export makes it later, too)",
+    )
     g.add_argument(
         "--eval_every",
         type=count,

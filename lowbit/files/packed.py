@@ -213,8 +213,48 @@ def save_packed(
 # ------------------------------------------------------------------------------------- the reader
 
 
+@dataclass
+class Stored:
+    """A tensor as the file holds it: values, int8 codes of its shape or plain float32, and of codes
+    the scales (rows, 1) or (1, 1) float32."""
+
+    kind: str
+    values: np.ndarray
+    scale: np.ndarray | None = None
+
+    def weight(self) -> np.ndarray:
+        return self.values if self.scale is None else self.values.astype(np.float32) * self.scale
+
+
+@dataclass
+class Packed:
+    config: dict
+    tokenizer: dict
+    notes: dict
+    tensors: dict[str, Stored]
+
+    @property
+    def of_transformers(self) -> bool:
+        return isinstance(self.config, dict) and "transformers" in self.config
+
+
 def load_packed(path: str | os.PathLike) -> tuple[LanguageModel, dict, dict]:
     """(model with dequantised float32 weights, tokenizer description, notes).
+
+    Raises UserError for whatever is not a sound file of this format.
+    """
+    found = read_packed(path)
+    state = {name: torch.from_numpy(t.weight()) for name, t in found.tensors.items()}
+    model: LanguageModel
+    if found.of_transformers:
+        model = build_transformers(found.config["transformers"], state, str(path))
+    else:
+        model = build_model(read_config(found.config, str(path)), state, str(path))
+    return model, found.tokenizer, found.notes
+
+
+def read_packed(path: str | os.PathLike) -> Packed:
+    """What the file holds, tensor by tensor.
 
     Sizes are checked against the header before anything of that size is read. Raises UserError
     for whatever is not a sound file of this format.
@@ -230,7 +270,7 @@ def load_packed(path: str | os.PathLike) -> tuple[LanguageModel, dict, dict]:
         raise UserError(f"{path} is damaged, or not a packed model: {e}") from e
 
 
-def _read(z: zipfile.ZipFile, origin: str) -> tuple[LanguageModel, dict, dict]:
+def _read(z: zipfile.ZipFile, origin: str) -> Packed:
     infos = {i.filename: i for i in z.infolist()}
     known = {f"{k}.npy" for k in (*STREAM_DTYPES, "header", "tokenizer")}
     if len(infos) != len(z.infolist()) or not set(infos) <= known or "header.npy" not in infos:
@@ -243,9 +283,6 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[LanguageModel, dict, dict]:
             f"{origin}: format {header.get('format')!r} version "
             f"{header.get('version')!r}, expected {FORMAT} {VERSION}"
         )
-    values = header["config"]
-    plain = not isinstance(values, dict) or "transformers" not in values
-    config = read_config(values, origin) if plain else None
     tokenizer = header["tokenizer"]
     if not isinstance(tokenizer, dict) or not isinstance(header["notes"], dict):
         raise UserError(f"{origin}: tokenizer or notes missing")
@@ -286,7 +323,7 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[LanguageModel, dict, dict]:
         cursors[kind] += n
         return streams[kind][cursors[kind] - n : cursors[kind]]
 
-    state = {}
+    tensors: dict[str, Stored] = {}
     for entry in header["tensors"]:
         kind, shape = entry["encoding"], entry["shape"]
         count = math.prod(shape)
@@ -298,18 +335,13 @@ def _read(z: zipfile.ZipFile, origin: str) -> tuple[LanguageModel, dict, dict]:
             scale = bits.view(np.float32).reshape(-1, 1)
             if not np.isfinite(scale).all() or (scale < 0).any():
                 raise UserError(f"{origin}: a scale of {entry['name']} is negative or not finite")
-            value = codes.astype(np.float32) * scale
+            found = Stored(kind, codes, scale)
         else:
-            value = take(kind, count).reshape(shape).astype(np.float32)
-        if entry["name"] in state:
+            found = Stored(kind, take(kind, count).reshape(shape).astype(np.float32))
+        if entry["name"] in tensors:
             raise UserError(f"{origin}: tensor {entry['name']} occurs twice")
-        state[entry["name"]] = torch.from_numpy(value)
-    model: LanguageModel
-    if config is None:
-        model = build_transformers(values["transformers"], state, origin)
-    else:
-        model = build_model(config, state, origin)
-    return model, tokenizer, header["notes"]
+        tensors[entry["name"]] = found
+    return Packed(header["config"], tokenizer, header["notes"], tensors)
 
 
 def _member(

@@ -29,6 +29,7 @@ from lowbit.models.transformers_lm import (
     load_tokenizer,
     refuse_kind,
 )
+from lowbit.text import pre_tokenizers
 from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, tokenizer_from
 
 
@@ -186,8 +187,10 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
     require("accelerate", "gguf")  # transformers asks for it, late
     try:
         reader = gguf.GGUFReader(path)
-        field = reader.get_field("general.architecture")
-        kind = bytes(field.parts[-1]).decode() if field else None
+        kind, pre = (
+            bytes(field.parts[-1]).decode() if (field := reader.get_field(key)) else None
+            for key in ("general.architecture", "tokenizer.ggml.pre")
+        )
         ends = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
     except Exception as e:
         raise UserError(
@@ -208,6 +211,8 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
             raise UserError(
                 f"--teacher: {path} (architecture {kind}) cannot be loaded: {first_line(e)}"
             ) from e
+        if pre in pre_tokenizers.KNOWN and wrapped.is_fast:  # which transformers does not read
+            wrapped.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(pre)
         # It is float now; that it once was quantised would keep it from being saved.
         net.config.__dict__.pop("quantization_config", None)
         net.hf_quantizer, net.is_quantized = None, False

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from lowbit.models.interface import LanguageModel
 
-LOGITS_AT_ONCE = 1 << 24  # of each model: 64 MiB in float32
+LOGITS_AT_ONCE = 1 << 23  # of each model: 32 MiB in float32, which caches hold in part
 IGNORED = -100  # the label of a token that no loss counts, as in torch
 
 

@@ -40,7 +40,7 @@ from lowbit.training.validation import autocast, batch_of
 
 CALIBRATION_BATCH = 8  # windows at a time
 #: Tokens of a forward pass: at most, as the default; and those below which it becomes slow.
-PASS_TOKENS = {"cpu": (512, 128), "cuda": (1 << 20, 2048)}
+PASS_TOKENS = {"cpu": (1024, 128), "cuda": (1 << 20, 2048)}
 
 
 def choose_device(name: str) -> torch.device:
@@ -109,6 +109,8 @@ def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Pat
     else:
         paths = {"float32": folder / "student_fp32.pth"}
     paths["packed"] = folder / f"student_quantized_{kind}.npz"
+    if "gguf" in o.export:
+        paths["gguf"] = paths["packed"].with_suffix(".gguf")
     if o.save_metrics:
         paths["metrics"] = Path(o.metrics_out) if o.metrics_out else folder / "student_metrics.csv"
         paths["picture"] = paths["metrics"].with_suffix(".png")

@@ -1,0 +1,86 @@
+"""A finished student for other programs: ``apl-export student/ --to gguf``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lowbit import UserError
+from lowbit.files.gguf_file import TYPES, Exported, export_gguf
+from lowbit.files.packed import load_packed, read_packed
+from lowbit.models.transformers_lm import TransformersLM, save_folder
+
+
+def find_packed(student: str) -> Path:
+    """The packed file of a student: itself, or the one in its folder. UserError for another number
+    of them."""
+    path = Path(student)
+    if path.is_file():
+        return path
+    files = sorted(path.glob("*.npz")) if path.is_dir() else []
+    if len(files) == 1:
+        return files[0]
+    if not path.exists():
+        raise UserError(f"no such file or folder: {student}")
+    what = f"{len(files)} packed students: name one" if files else "no packed student (*.npz)"
+    raise UserError(f"{student} holds {what}")
+
+
+def table(done: Exported) -> list[str]:
+    """What each type holds, a line each, and the whole file's size."""
+    lines = [f"{'type':6} {'tensors':>7} {'weights':>13} {'bytes':>12} {'bits each':>9}"]
+    for kind, (tensors, weights, size) in done.parts.items():
+        lines.append(f"{kind:6} {tensors:7} {weights:13,} {size:12,} {8 * size / weights:9.3f}")
+    weights = sum(n for _, n, _ in done.parts.values())
+    lines.append(
+        f"{done.path}: {done.file_bytes:,} bytes, {4 * weights / done.file_bytes:.1f}x smaller "
+        "than float32"
+    )
+    return lines
+
+
+def export(student: str, kind: str, output: str | None, type_: str | None) -> list[str]:
+    """Write a student in another form; what to tell about it."""
+    packed = find_packed(student)
+    if kind == "gguf":
+        target = Path(output) if output else packed.with_suffix(".gguf")
+        done = export_gguf(read_packed(packed), target, type_)
+        name = next((k for k in done.parts if k.lower() in TYPES), "none")
+        return [f"Low-bit weights are {name}: {done.reason}", *table(done)]
+    model, vocabulary, _ = load_packed(packed)
+    if not isinstance(model, TransformersLM):
+        raise UserError("a student of bytes has no form in transformers: its decoder is our own")
+    folder = Path(output) if output else packed.parent / "transformers"
+    try:
+        save_folder(folder, model, vocabulary["files"])
+    except OSError as e:
+        raise UserError(f"cannot write {folder}: {e.strerror}") from e
+    return [f"Wrote {folder}"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="apl-export", description=__doc__)
+    parser.add_argument("student", help="a run's output folder, or its .npz file")
+    parser.add_argument("--to", choices=["gguf", "hf"], required=True, help="the form")
+    parser.add_argument("--output", metavar="PATH", help="default: beside the .npz")
+    parser.add_argument(
+        "--type",
+        choices=sorted(TYPES),
+        help="of the low-bit weights in GGUF (default: the fastest that holds them exactly)",
+    )
+    o = parser.parse_args(argv)
+    try:
+        if o.type and o.to != "gguf":
+            raise UserError("--type needs --to gguf")
+        for line in export(o.student, o.to, o.output, o.type):
+            print(line)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

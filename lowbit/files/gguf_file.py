@@ -1,0 +1,342 @@
+"""A student as a GGUF file, which llama.cpp and what builds on it load.
+
+Codes and scales go into the format's blocks as they are, without rounding once more:
+
+    TQ2_0   256 weights, 2 bits each and a float16 scale: ternary, rows that 256 divides
+    TQ1_0   the same in 1.69 bits, slower to read
+    Q4_0    32 weights, 4 bits each and a float16 scale: a code c is written as c + 8
+    Q1_0    128 weights, a bit each and a float16 scale: 1-bit, rows that 128 divides
+    Q8_0    32 weights, 8 bits each and a float16 scale: what the student holds in 8 bits
+
+(block layouts: ggml-common.h of llama.cpp). Scales of the student are bfloat16, which float16
+holds exactly from 2^-14 to 65504 and below to 2^-24. Rows of queries and keys of the architecture
+llama are in the order of its rotary pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit import UserError
+from lowbit.extras import require
+from lowbit.files.packed import Packed, Stored
+from lowbit.text import pre_tokenizers
+
+#: ``model_type`` -> architecture in GGUF.
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+#: Type -> (weights a block, what it holds exactly).
+TYPES = {
+    "tq2_0": (256, ("ternary",)),
+    "tq1_0": (256, ("ternary",)),
+    "q1_0": (128, ("1bit",)),
+    "q4_0": (32, ("ternary", "1bit")),
+}
+#: general.file_type, where it has a number of its own.
+FILE_TYPES = {"tq2_0": 37, "tq1_0": 36, "q4_0": 2}
+FLOAT16_MAX = 65504.0
+
+
+# ------------------------------------------------------------------------------ blocks of codes
+
+
+def _scales(stored: Stored, blocks: int) -> np.ndarray:
+    """Float16 scales, the row's for each of its blocks, as bytes (rows, blocks, 2)."""
+    assert stored.scale is not None
+    rows = len(stored.values)
+    scale = np.broadcast_to(stored.scale.astype(np.float16), (rows, blocks))
+    return np.ascontiguousarray(scale)[..., None].view(np.uint8)
+
+
+def _blocks(stored: Stored, size: int) -> np.ndarray:
+    return stored.values.reshape(len(stored.values), -1, size)
+
+
+def q4_0(stored: Stored) -> np.ndarray:
+    """Codes (O, I) in -8..7 -> bytes (O, I / 32 * 18): entry j in the low half of byte j, entry
+    j + 16 in the high half."""
+    codes = (_blocks(stored, 32) + 8).astype(np.uint8)
+    packed = codes[..., :16] | (codes[..., 16:] << 4)
+    return _joined(_scales(stored, codes.shape[1]), packed)
+
+
+def q8_0(stored: Stored) -> np.ndarray:
+    """Codes (O, I) -> bytes (O, I / 32 * 34)."""
+    codes = _blocks(stored, 32).astype(np.int8)
+    return _joined(_scales(stored, codes.shape[1]), codes.view(np.uint8))
+
+
+def q1_0(stored: Stored) -> np.ndarray:
+    """Codes (O, I) in {-1, 1} -> bytes (O, I / 128 * 18): a set bit is +1, the first the lowest."""
+    bits = np.packbits(_blocks(stored, 128) > 0, axis=-1, bitorder="little")
+    return _joined(_scales(stored, bits.shape[1]), bits)
+
+
+def tq2_0(stored: Stored) -> np.ndarray:
+    """Codes (O, I) in {-1, 0, 1} -> bytes (O, I / 256 * 66): of each half of a block, entry
+    j + 32 n in bits 2n and 2n + 1 of byte j."""
+    codes = (_blocks(stored, 256) + 1).astype(np.uint8)
+    quarters = codes.reshape(*codes.shape[:2], 2, 4, 32)
+    packed = np.bitwise_or.reduce(quarters << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=-2)
+    return _joined(packed.reshape(*codes.shape[:2], 64), _scales(stored, codes.shape[1]))
+
+
+def tq1_0(stored: Stored) -> np.ndarray:
+    """Codes (O, I) in {-1, 0, 1} -> bytes (O, I / 256 * 54), by the format's own library,
+    which finds these codes again."""
+    gguf = require("gguf", "gguf")
+    return gguf.quants.quantize(stored.weight(), gguf.GGMLQuantizationType.TQ1_0)
+
+
+def _joined(*parts: np.ndarray) -> np.ndarray:
+    whole = np.concatenate(parts, axis=-1)
+    return np.ascontiguousarray(whole.reshape(len(whole), -1))
+
+
+ENCODERS: dict[str, Callable[[Stored], np.ndarray]] = {
+    "tq2_0": tq2_0, "tq1_0": tq1_0, "q1_0": q1_0, "q4_0": q4_0, "q8_0": q8_0,
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------- the student
+
+
+@dataclass
+class Exported:
+    """What became of a student's tensors: {type: (tensors, weights, bytes)}; file_bytes of all."""
+
+    path: Path
+    parts: dict[str, tuple[int, int, int]]
+    reason: str  # why the low-bit type is what it is
+    file_bytes: int
+
+
+def choose_type(found: Packed, asked: str | None) -> tuple[str, str]:
+    """The type of the low-bit matrices, and why. UserError where the one asked for cannot be."""
+    low = {n: t for n, t in found.tensors.items() if t.kind in ("ternary", "1bit")}
+    kind = next((t.kind for t in low.values()), "ternary")
+    widths = sorted({t.values.shape[1] for t in low.values()})
+    odd = {t: [w for w in widths if w % size] for t, (size, _) in TYPES.items()}
+    if asked is not None:
+        if kind not in TYPES[asked][1]:
+            good = [t for t, (_, kinds) in TYPES.items() if kind in kinds]
+            raise UserError(f"--type {asked} cannot hold {kind} weights; use {' or '.join(good)}")
+        if odd[asked]:
+            raise UserError(
+                f"--type {asked} needs rows of a multiple of {TYPES[asked][0]} weights; this model "
+                f"has rows of {odd[asked][0]}; use q4_0"
+            )
+        return asked, "as asked"
+    best = "tq2_0" if kind == "ternary" else "q1_0"
+    if not odd[best]:
+        return best, f"the fastest that holds {kind} weights exactly"
+    if odd["q4_0"]:
+        raise UserError(f"rows of {odd['q4_0'][0]} weights fit no block of GGUF (32 divide them)")
+    size = TYPES[best][0]
+    return "q4_0", f"exact, and {best} needs rows of a multiple of {size}, not of {odd[best][0]}"
+
+
+def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None) -> Exported:
+    """Write a packed student as GGUF, whole or not at all.
+
+    kind: one of TYPES; None chooses. UserError where the architecture, the tokenizer or a scale
+    cannot be said in GGUF, or the file cannot be written.
+    """
+    gguf = require("gguf", "gguf")
+    check_exportable(found.config, found.tokenizer)
+    config = found.config["transformers"]
+    chosen, reason = choose_type(found, kind)
+    target = Path(path)
+    try:
+        fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+        os.close(fd)
+    except OSError as e:
+        raise UserError(f"cannot write {target}: {e.strerror}") from e
+    try:
+        writer = gguf.GGUFWriter(name, ARCHITECTURES[config["model_type"]])
+        parts = fill(writer, gguf, found, chosen)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except OSError as e:
+        raise UserError(f"cannot write {target}: {e.strerror}") from e
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return Exported(target, parts, reason, target.stat().st_size)
+
+
+def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
+    """UserError for a model or a tokenizer that GGUF cannot hold, before anything is trained."""
+    if "transformers" not in config:
+        raise UserError(
+            "a student of bytes has no form in GGUF: its vocabulary is not one that engines know"
+        )
+    values = config["transformers"]
+    if values.get("model_type") not in ARCHITECTURES:
+        raise UserError(
+            f"a model of type {values.get('model_type')!r} cannot be exported to GGUF here; "
+            f"tried are {', '.join(ARCHITECTURES)}"
+        )
+    rotary(values)
+    bpe_of(tokenizer)
+
+
+def fill(writer: Any, gguf: Any, found: Packed, chosen: str) -> dict[str, tuple[int, int, int]]:
+    """Everything that the file says. Returns what `Exported` says of the tensors."""
+    config = found.config["transformers"]
+    add_shape(writer, config)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if chosen in FILE_TYPES:
+        writer.add_file_type(FILE_TYPES[chosen])
+    rows = found.tensors["model.embed_tokens.weight"].values.shape[0]
+    add_tokenizer(writer, found.tokenizer, rows)
+
+    names = gguf.get_tensor_name_map(
+        getattr(gguf.MODEL_ARCH, config["model_type"].upper()), config["num_hidden_layers"]
+    )
+    parts: dict[str, tuple[int, int, int]] = {}
+    for name, stored in found.tensors.items():
+        named = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if named is None:
+            raise UserError(f"tensor {name} has no name in GGUF")
+        stored = ordered(name, stored, config)
+        array, label = encoded(name, stored, chosen)
+        raw = None if label == "F32" else getattr(gguf.GGMLQuantizationType, label)
+        writer.add_tensor(named, array, raw_dtype=raw)
+        tensors, weights, size = parts.get(label, (0, 0, 0))
+        parts[label] = (tensors + 1, weights + stored.values.size, size + array.nbytes)
+    return parts
+
+
+def encoded(name: str, stored: Stored, chosen: str) -> tuple[np.ndarray, str]:
+    """A tensor's bytes, and the name of their type."""
+    if stored.scale is None:
+        return stored.values, "F32"
+    if stored.scale.max() > FLOAT16_MAX:
+        raise UserError(f"{name}: a scale of {stored.scale.max():g} is beyond float16")
+    kind = chosen if stored.kind in ("ternary", "1bit") else "q8_0"
+    size = TYPES.get(kind, (32,))[0]
+    if stored.values.shape[1] % size:
+        return stored.weight(), "F32"
+    return ENCODERS[kind](stored), kind.upper()
+
+
+def ordered(name: str, stored: Stored, config: dict[str, Any]) -> Stored:
+    """Rows of queries and keys as the architecture llama has them: of each head the two halves of
+    a rotary pair side by side."""
+    heads = {
+        "q_proj": config["num_attention_heads"],
+        "k_proj": config.get("num_key_value_heads") or config["num_attention_heads"],
+    }
+    count = next((n for part, n in heads.items() if f".{part}." in name), None)
+    if config["model_type"] != "llama" or count is None:
+        return stored
+
+    def moved(x: np.ndarray) -> np.ndarray:
+        halves = x.reshape(count, 2, len(x) // count // 2, *x.shape[1:])
+        return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(x.shape))
+
+    scale = stored.scale
+    if scale is not None and len(scale) > 1:
+        scale = moved(scale)
+    return Stored(stored.kind, moved(stored.values), scale)
+
+
+def add_shape(writer: Any, config: dict[str, Any]) -> None:
+    """The architecture's numbers."""
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(rotary(config))
+    writer.add_rope_dimension_count(size)
+    writer.add_key_length(size)
+    writer.add_value_length(size)
+    writer.add_vocab_size(config["vocab_size"])
+
+
+def rotary(config: dict[str, Any]) -> float:
+    """The base of the rotary frequencies. UserError for a scaling that is not written here."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"rotary positions of type {kind!r} cannot be exported to GGUF here")
+    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+
+
+def bpe_of(description: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What tokenizer.json says, and the name of how it cuts text. UserError for a tokenizer that is
+    no byte-level BPE, or that cuts text in a way that has no name here."""
+    try:
+        whole = json.loads(description["files"]["tokenizer.json"])
+        kind, pre = whole["model"]["type"], pre_tokenizers.name_of(whole["pre_tokenizer"])
+    except (KeyError, TypeError, ValueError):
+        kind, pre = None, None
+    if kind != "BPE" or pre is None:
+        raise UserError(
+            "the tokenizer is not one that can be exported to GGUF here: that is byte-level BPE, "
+            f"cut as {', '.join(pre_tokenizers.KNOWN)} cut"
+        )
+    return whole, pre
+
+
+def add_tokenizer(writer: Any, description: dict[str, Any], rows: int) -> None:
+    """Vocabulary of so many rows, merges, special tokens and chat template."""
+    files = description["files"]
+    whole, pre = bpe_of(description)
+    added, vocabulary, merges = (
+        whole["added_tokens"], whole["model"]["vocab"], whole["model"]["merges"],
+    )  # fmt: skip
+    normal, control, user, unused = 1, 3, 4, 5
+    tokens = [f"[PAD{i}]" for i in range(rows)]
+    types = [unused] * rows
+    for token, i in vocabulary.items():
+        tokens[i], types[i] = token, normal
+    for entry in added:
+        if entry["id"] < rows:
+            tokens[entry["id"]] = entry["content"]
+            types[entry["id"]] = control if entry["special"] else user
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+
+    settings = json.loads(files.get("tokenizer_config.json", "{}"))
+    ids = {token: i for i, token in enumerate(tokens)}
+
+    def special(name: str) -> int | None:
+        value = settings.get(f"{name}_token")
+        return ids.get(value["content"] if isinstance(value, dict) else value)
+
+    for name, add in {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }.items():
+        found = special(name)
+        if found is not None:
+            add(found)
+    bos = special("bos")
+    steps = (whole.get("post_processor") or {}).get("single") or []
+    first = next((s["SpecialToken"]["id"] for s in steps[:1] if "SpecialToken" in s), None)
+    writer.add_add_bos_token(bos is not None and first is not None and ids.get(first) == bos)
+    template = files.get("chat_template.jinja") or settings.get("chat_template")
+    if isinstance(template, str):
+        writer.add_chat_template(template)

@@ -1,0 +1,321 @@
+"""Students as GGUF: exact codes and scales, and what a real engine makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import tiny_net, tiny_tokenizer
+
+import distillation
+from lowbit import UserError, export
+from lowbit.files import gguf_file
+from lowbit.files.gguf_file import TYPES, choose_type, export_gguf
+from lowbit.files.packed import Packed, Stored, load_packed, read_packed, save_packed
+from lowbit.models.transformers_lm import TransformersLM
+from lowbit.quantization.layers import quantize_model
+from lowbit.text import pre_tokenizers
+from lowbit.text.tokenizers import TeacherTokenizer
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("transformers")
+# Rows that every type takes.
+WIDE = dict(
+    vocab_size=320, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=64
+)  # fmt: skip
+
+
+def student(folder: Path, kind: str, mode: str = "ternary", cut: str = "gpt-2", **changes) -> Path:
+    """A packed student with random codes, the first block in 8 bits."""
+    if kind == "qwen3":  # transformers' reader of GGUF takes no other
+        changes = {"head_dim": 128, **changes}
+    net = tiny_net(kind, **{**WIDE, **changes})
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
+    model = TransformersLM(net)
+    quantize_model(model, mode, first=1)
+    path = folder / "student.npz"
+    save_packed(path, model, TeacherTokenizer(tokenizer, 320).describe())
+    return path
+
+
+def stored(mode: str, rows: int = 6, width: int = 512) -> Stored:
+    rng = np.random.default_rng(0)
+    values = {"ternary": [-1, 0, 1], "1bit": [-1, 1], "int8": range(-127, 128)}[mode]
+    scale = torch.rand(rows, 1, generator=torch.Generator().manual_seed(0)) * 0.1 + 1e-3
+    codes = rng.choice(values, (rows, width)).astype(np.int8)
+    codes[:, :300] *= 0 if mode == "ternary" else 1  # blocks of zeros
+    return Stored(mode, codes, scale.to(torch.bfloat16).float().numpy())
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("tq2_0", "ternary"), ("tq1_0", "ternary"), ("q4_0", "ternary"), ("q4_0", "1bit"),
+     ("q8_0", "int8")],
+)  # fmt: skip
+def test_the_formats_library_reads_the_same_weights(kind, mode):
+    """To the last bit, also where a block has only zeros."""
+    tensor = stored(mode)
+    raw = gguf_file.ENCODERS[kind](tensor)
+    found = gguf.quants.dequantize(raw, getattr(gguf.GGMLQuantizationType, kind.upper()))
+    np.testing.assert_array_equal(found, tensor.weight())
+
+
+def test_one_bit_blocks_by_hand():
+    """18 bytes for 128 weights: the scale, then signs, the first the lowest bit."""
+    codes = -np.ones((1, 128), np.int8)
+    codes[0, [0, 3, 127]] = 1
+    raw = gguf_file.q1_0(Stored("1bit", codes, np.array([[0.5]], np.float32)))
+    assert raw.shape == (1, 18)
+    assert raw[0, :2].tobytes() == np.float16(0.5).tobytes()
+    assert raw[0, 2:].tolist() == [0b1001] + [0] * 14 + [0b10000000]
+
+
+@pytest.mark.parametrize("kind", gguf_file.ARCHITECTURES)
+@pytest.mark.parametrize("type_", ["tq2_0", "tq1_0", "q4_0"])
+def test_a_file_holds_the_student(tmp_path, kind, type_):
+    """Read back by transformers' own reader where it knows the type, else tensor by tensor."""
+    path = student(tmp_path, kind)
+    done = export_gguf(read_packed(path), tmp_path / "a.gguf", type_)
+    assert sorted(tmp_path.glob("*")) == [tmp_path / "a.gguf", path]
+    reader = gguf.GGUFReader(done.path)
+    types = {t.name: t.tensor_type.name for t in reader.tensors}
+    assert types["blk.1.ffn_up.weight"] == type_.upper()
+    assert types["blk.0.ffn_up.weight"] == types["token_embd.weight"] == "Q8_0"
+    assert types["blk.1.attn_norm.weight"] == "F32"
+    assert done.file_bytes == done.path.stat().st_size
+    model = load_packed(path)[0]
+    if type_ == "q4_0":
+        from transformers import AutoModelForCausalLM
+
+        again = AutoModelForCausalLM.from_pretrained(
+            tmp_path, gguf_file="a.gguf", dtype=torch.float32
+        )
+        ids = torch.arange(40)[None] * 7 % 300
+        with torch.no_grad():
+            torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+    else:
+        tensor = next(t for t in reader.tensors if t.name == "blk.1.ffn_down.weight")
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        expected = model.net.state_dict()["model.layers.1.mlp.down_proj.weight"].numpy()
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_type_is_the_fastest_that_is_exact():
+    def packed(mode: str, *widths: int) -> Packed:
+        tensors = {str(w): stored(mode, width=w) for w in widths}
+        return Packed({}, {}, {}, tensors)
+
+    assert choose_type(packed("ternary", 512, 768), None)[0] == "tq2_0"
+    assert choose_type(packed("1bit", 384), None)[0] == "q1_0"
+    chosen, why = choose_type(packed("ternary", 512, 576), None)
+    assert chosen == "q4_0"
+    assert "not of 576" in why
+    assert choose_type(packed("ternary", 256), "tq1_0")[0] == "tq1_0"
+    with pytest.raises(UserError, match="needs rows of a multiple of 256"):
+        choose_type(packed("ternary", 576), "tq2_0")
+    with pytest.raises(UserError, match="tq2_0 cannot hold 1bit weights; use q1_0 or q4_0"):
+        choose_type(packed("1bit", 512), "tq2_0")
+    with pytest.raises(UserError, match="fit no block"):
+        choose_type(packed("ternary", 500), None)
+
+
+@pytest.mark.parametrize("cut", pre_tokenizers.KNOWN)
+def test_cuts_are_known_by_their_names(tmp_path, cut):
+    """What is written is what was made, and a teacher that is read from it has the same ids."""
+    path = student(tmp_path, "llama", cut=cut)
+    export_gguf(read_packed(path), tmp_path / "a.gguf", "q4_0")
+    from lowbit.models.teacher import load_teacher
+
+    _, tokenizer = load_teacher(str(tmp_path / "a.gguf"))
+    wrapped = tiny_tokenizer(300)
+    wrapped.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
+    text = "The miller's 12345 letters,\n\n  repairs  é don't"
+    assert tokenizer.encode(text).tolist() == wrapped(text)["input_ids"]
+    assert tokenizer.wrapped.chat_template == wrapped.chat_template
+    assert (tokenizer.wrapped.bos_token, tokenizer.wrapped.eos_token) == ("<s>", "</s>")
+
+
+# ------------------------------------------------------------------------- in a real llama.cpp
+
+
+@contextlib.contextmanager
+def quiet():
+    """llama.cpp writes to the process's own stdout and stderr."""
+    held = [os.dup(1), os.dup(2)]
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        for n, fd in enumerate(held, 1):
+            os.dup2(fd, n)
+            os.close(fd)
+        os.close(null)
+
+
+def next_tokens(path: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
+    """What the engine says of the token after each prompt: {id: log-probability}, of the most
+    likely 200."""
+    engine = pytest.importorskip("xllamacpp")
+    with quiet():
+        p = engine.CommonParams()
+        p.model.path = str(path)
+        p.n_ctx, p.cpuparams.n_threads, p.warmup = 256, 2, False
+        server = engine.Server(p)
+        found = []
+        for ids in prompts:
+            answer = server.handle_completions(
+                {"prompt": ids, "max_tokens": 1, "temperature": 1.0, "n_probs": 200, "top_k": 0,
+                 "cache_prompt": False}
+            )  # fmt: skip
+            if isinstance(answer, (str, bytes)):
+                answer = json.loads(answer)
+            top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+            found.append({x["id"]: x["logprob"] for x in top})
+        del server
+    return found
+
+
+class Rounded:
+    """Inside, every linear layer of a model reads activations in 8 bits, one scale for so many: as
+    the engine's products do."""
+
+    def __init__(self, model: TransformersLM, size: int) -> None:
+        self.model, self.size = model, size
+
+    def __enter__(self) -> None:
+        def round_inputs(module, args):
+            x = args[0]
+            blocks = x.reshape(*x.shape[:-1], -1, self.size)
+            scale = blocks.abs().amax(-1, keepdim=True) / 127
+            rounded = (blocks / scale.clamp_min(1e-12)).round() * scale
+            return (rounded.reshape(x.shape),)
+
+        layers = [m for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
+        self.handles = [m.register_forward_pre_hook(round_inputs) for m in layers]
+
+    def __exit__(self, *_) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "type_", "size"),
+    [("llama", "ternary", "q4_0", 32), ("llama", "ternary", "tq2_0", 256),
+     ("llama", "ternary", "tq1_0", 256), ("llama", "1bit", "q1_0", 32),
+     ("qwen2", "ternary", "q4_0", 32), ("qwen3", "ternary", "tq2_0", 256)],
+)  # fmt: skip
+def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size):
+    """The engine's products round activations to 8 bits. With the same rounding our distribution
+    is the engine's, up to its bfloat16 and float16 cache; without, it differs by what that
+    rounding costs."""
+    path = student(tmp_path, kind, mode)
+    export_gguf(read_packed(path), tmp_path / "a.gguf", type_)
+    prompts = [[0, 40, 41, 77], list(range(10, 60)), [299, 5, 5, 5, 120]]
+    found = next_tokens(tmp_path / "a.gguf", prompts)
+    model = load_packed(path)[0]
+    for ids, theirs in zip(prompts, found, strict=True):
+        with torch.no_grad(), Rounded(model, size):
+            ours = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
+        assert len(theirs) > 100
+        gap = sum(
+            float(ours[i].exp()) * (float(ours[i]) - log) for i, log in theirs.items()
+        )  # KL, but for what is not among the 200
+        assert abs(gap) < 0.02
+        assert int(ours.argmax()) in sorted(theirs, key=theirs.get)[-3:]
+
+
+# ------------------------------------------------------------------------------ the commands
+
+
+def test_the_command(tmp_path, capsys):
+    path = student(tmp_path, "llama")
+    assert export.main([str(tmp_path), "--to", "gguf"]) == 0
+    out = capsys.readouterr().out
+    assert "Low-bit weights are TQ2_0: the fastest that holds ternary weights exactly" in out
+    assert (tmp_path / "student.gguf").exists()
+    assert f"{(tmp_path / 'student.gguf').stat().st_size:,} bytes" in out
+    assert export.main([str(path), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, load_packed(path)[0](ids).logits)
+
+
+def refused(capsys, *words: object) -> str:
+    assert export.main([str(w) for w in words]) == 2
+    out = capsys.readouterr()
+    assert out.err.count("\n") == 1
+    return out.err
+
+
+def test_what_cannot_be_exported(tmp_path, capsys, tiny_teacher, monkeypatch):
+    path = student(tmp_path, "llama")
+    assert "no such file" in refused(capsys, tmp_path / "none", "--to", "gguf")
+    (tmp_path / "empty").mkdir()
+    assert "no packed student" in refused(capsys, tmp_path / "empty", "--to", "gguf")
+    assert "student of bytes" in refused(capsys, tiny_teacher, "--to", "gguf")
+    assert "student of bytes" in refused(capsys, tiny_teacher, "--to", "hf")
+    assert "--type needs" in refused(capsys, path, "--to", "hf", "--type", "q4_0")
+    assert "cannot hold ternary" in refused(capsys, path, "--to", "gguf", "--type", "q1_0")
+    nowhere = tmp_path / "none" / "a.gguf"
+    assert "cannot write" in refused(capsys, path, "--to", "gguf", "--output", nowhere)
+
+    def full(*a, **k):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensors_to_file", full)
+    before = sorted(tmp_path.iterdir())
+    assert "No space left" in refused(capsys, path, "--to", "gguf")
+    assert sorted(tmp_path.iterdir()) == before
+    monkeypatch.undo()
+
+    odd = student(tmp_path, "gemma")
+    assert "type 'gemma' cannot be exported" in refused(capsys, odd, "--to", "gguf")
+    monkeypatch.setattr(pre_tokenizers, "KNOWN", {})
+    assert "byte-level BPE" in refused(capsys, student_of(tmp_path), "--to", "gguf")
+
+
+def student_of(folder: Path) -> Path:
+    sub = folder / "again"
+    sub.mkdir()
+    net = tiny_net("llama", **WIDE)
+    save_packed(
+        sub / "a.npz", TransformersLM(net), TeacherTokenizer(tiny_tokenizer(), 320).describe()
+    )
+    return sub
+
+
+def test_a_run_exports(tmp_path, text_file, capsys):
+    """And says before it trains where it could not."""
+    teacher = tmp_path / "teacher"
+    tiny_net("llama", vocab_size=300).save_pretrained(teacher)
+    tiny_tokenizer(300).save_pretrained(teacher)
+    words = [
+        "--teacher",
+        str(teacher),
+        "--data",
+        str(text_file),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    words += ["--ternary", "--qat", "--epochs", "1", "--seq_len", "32", "--export", "gguf"]
+    assert distillation.main(words) == 0
+    out = capsys.readouterr().out
+    assert "Low-bit weights are Q4_0: exact, and tq2_0 needs rows of a multiple of 256" in out
+    assert list((tmp_path / "o").glob("*.gguf"))
+    assert distillation.main([*words[2:], "--teacher", "embedded"]) == 2
+    assert "student of bytes" in capsys.readouterr().err
+
+
+def test_every_type_has_an_encoder():
+    assert set(TYPES) < set(gguf_file.ENCODERS)
