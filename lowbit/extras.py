@@ -12,6 +12,7 @@ EXTRAS = {
     "hf": "transformers tokenizers safetensors",
     "gguf": "transformers tokenizers safetensors gguf accelerate",
     "parquet": "pyarrow",
+    "chat": "xllamacpp",
 }
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,27 +16,27 @@ from lowbit.models.teacher import load_teacher
 
 
 @torch.no_grad()
-def generate(
+def stream(
     model: LanguageModel,
-    prompt: np.ndarray,
-    count: int,
+    prompt: Sequence[int] | np.ndarray,
     *,
     temperature: float = 0.7,
     top_k: int = 40,
+    top_p: float = 1.0,
     seed: int = 0,
-) -> list[int]:
-    """prompt: ids (n,), n >= 1 -> ``count`` new ids, sampled with a key/value cache.
+) -> Iterator[int]:
+    """prompt: ids (n,), n >= 1 -> new ids without end, sampled with a key/value cache.
 
-    temperature 0 takes the most likely token. Where the positions run out, the newer half of the
-    text is read again.
+    temperature 0 takes the most likely token. Of the top_k most likely ones those are drawn from
+    that come before their probabilities add up to top_p (nucleus sampling, arXiv 1904.09751). Where
+    the positions run out, the newer half of the text is read again.
     """
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     limit = model.max_positions
     text = [int(i) for i in prompt]
-    start = len(text)
     cache, held, feed = None, 0, text[-limit // 2 :]
-    for _ in range(count):
+    while True:
         if held + len(feed) > limit:
             cache, held, feed = None, 0, text[-limit // 2 :]
         found = model.features(torch.tensor([feed], device=device), cache, keep=True)
@@ -44,11 +46,27 @@ def generate(
             choice = int(logits.argmax())
         else:
             top = torch.topk(logits / temperature, min(top_k, logits.numel()))
-            pick = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
-            choice = int(top.indices[pick])
+            chances = top.values.softmax(-1)
+            if top_p < 1:
+                chances[1:][chances.cumsum(-1)[:-1] >= top_p] = 0
+            choice = int(top.indices[torch.multinomial(chances, 1, generator=generator)])
         text.append(choice)
         feed = [choice]
-    return text[start:]
+        yield choice
+
+
+def generate(
+    model: LanguageModel,
+    prompt: np.ndarray,
+    count: int,
+    *,
+    temperature: float = 0.7,
+    top_k: int = 40,
+    seed: int = 0,
+) -> list[int]:
+    """``count`` ids of `stream`."""
+    new = stream(model, prompt, temperature=temperature, top_k=top_k, seed=seed)
+    return list(islice(new, count))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -53,7 +53,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _number(
+def number(
     kind: type, low: float, high: float = math.inf, *, open_low: bool = False
 ) -> Callable[[str], Any]:
     above = f"above {low:g}" if open_low else f"at least {low:g}"
@@ -111,7 +111,7 @@ def make_parser() -> Parser:
         epilog="Flags may be written with dashes or underscores.",
         allow_abbrev=False,
     )
-    count, positive = _number(int, 1), _number(float, 0, open_low=True)
+    count, positive = number(int, 1), number(float, 0, open_low=True)
     switch: dict[str, Any] = dict(nargs="?", const=True, type=_boolean, metavar="true|false")
 
     g = parser.add_argument_group("what is trained")
@@ -128,14 +128,14 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--quant_warmup",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         metavar="SHARE",
         help="of the run, over which rounding in the forward pass sets in, 0: at once; needs "
         f"--qat {_by_start('quant_warmup')}",
     )
     g.add_argument(
         "--blocks_8bit",
-        type=_number(int, 0),
+        type=number(int, 0),
         nargs=2,
         metavar=("FIRST", "LAST"),
         help="so many blocks at either end have weights of 8 bits (default 0 0 for bytes, 1 1 for "
@@ -216,7 +216,7 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--samples_per_epoch",
-        type=_number(int, 0),
+        type=number(int, 0),
         metavar="N",
         help="windows an epoch, 0 = all (default "
         + "{} x batch_size for bytes, {} x for others)".format(*BY_TEACHER["steps_per_epoch"]),
@@ -232,7 +232,7 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--weight_decay",
-        type=_number(float, 0),
+        type=number(float, 0),
         help="a step and unit of lr, decoupled except for sgd; hybrid: of matrices and heads only "
         + _by_start("weight_decay"),
     )
@@ -249,14 +249,14 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--momentum",
-        type=_number(float, 0, 0.9999),
+        type=number(float, 0, 0.9999),
         metavar="BETA",
         help="of the hybrid, of sgd and of muon's matrices, first beta of the others "
         + _by_start("momentum"),
     )
     g.add_argument(
         "--adamw_momentum",
-        type=_number(float, 0, 0.9999),
+        type=number(float, 0, 0.9999),
         metavar="BETA",
         help=f"first beta of AdamW where it steps what muon does not (default {ADAMW_MOMENTUM})",
     )
@@ -275,18 +275,18 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--alpha",
-        type=_number(float, 0, 1),
+        type=number(float, 0, 1),
         default=0.5,
         help="share of hard cross-entropy; the rest is KL to the teacher (default 0.5)",
     )
     g.add_argument(
         "--hidden_weight",
-        type=_number(float, 0),
+        type=number(float, 0),
         default=0.5,
         help="weight of the hidden-state loss, where shapes allow it (default 0.5)",
     )
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    g.add_argument("--seed", type=_number(int, 0, 2**31), default=0)
+    g.add_argument("--seed", type=number(int, 0, 2**31), default=0)
 
     g = parser.add_argument_group("hybrid optimisation")
     g.add_argument("--hybrid", action="store_true", help="use the hybrid optimiser")
@@ -297,7 +297,7 @@ def make_parser() -> Parser:
     g.add_argument("--param_clusters", type=count, metavar="N", help="clusters of tensors (4)")
     g.add_argument(
         "--clustering_warmup_epochs",
-        type=_number(int, 0),
+        type=number(int, 0),
         metavar="N",
         help="epochs before data clusters act (0)",
     )
@@ -310,7 +310,7 @@ def make_parser() -> Parser:
     g.add_argument("--use_trust_region", help="bound every step (true)", **switch)
     g.add_argument(
         "--initial_trust_radius",
-        type=_number(float, 0, 1, open_low=True),
+        type=number(float, 0, 1, open_low=True),
         metavar="R",
         help="fraction of the weights' norm a step (0.01)",
     )

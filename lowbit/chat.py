@@ -1,0 +1,235 @@
+"""Talk to a student: ``apl-chat student/``.
+
+In llama.cpp where its package (extra chat) and a GGUF file are there, in torch otherwise. Ctrl-C
+ends an answer; /reset forgets the conversation; /exit, or Ctrl-D, ends the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from lowbit import UserError
+from lowbit.extras import require
+from lowbit.generate import stream
+from lowbit.models.interface import LanguageModel
+from lowbit.models.teacher import load_teacher
+from lowbit.text.self_written import end_ids
+from lowbit.text.tokenizers import Message, Tokenizer
+
+CONTEXT = 4096  # tokens of a conversation, at most, in llama.cpp
+TOP_K = 40
+
+
+class Engine(Protocol):
+    name: str
+
+    def answer(
+        self, messages: Sequence[Message], o: argparse.Namespace, say: Callable[[str], bool]
+    ) -> None:
+        """Say the answer piece by piece, until it is complete or ``say`` is False. UserError where
+        the engine gives none."""
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, which renders the chat template that the file holds."""
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        package = require("xllamacpp", "chat")
+        params = package.CommonParams()
+        params.model.path, params.n_ctx, params.warmup = str(path), CONTEXT, False
+        params.verbosity, params.use_jinja = -1, True
+        if threads:
+            params.cpuparams.n_threads = threads
+        try:
+            self.server = package.Server(params)
+        except Exception as e:  # the package's own errors
+            raise UserError(f"{path} cannot be loaded by llama.cpp: {e}") from e
+
+    def answer(
+        self, messages: Sequence[Message], o: argparse.Namespace, say: Callable[[str], bool]
+    ) -> None:
+        problem: list[str] = []
+
+        def take(chunk: dict[str, Any]) -> bool:
+            if "error" in chunk:
+                problem.append(str(chunk["error"].get("message", chunk["error"])))
+                return True
+            return not say(chunk["choices"][0].get("delta", {}).get("content") or "")
+
+        asked = {
+            "messages": list(messages), "stream": True, "max_tokens": o.max_tokens,
+            "temperature": o.temperature, "top_p": o.top_p, "top_k": TOP_K, "seed": o.seed,
+            "stop": o.stop,
+        }  # fmt: skip
+        try:
+            self.server.handle_chat_completions(asked, take)
+        except Exception as e:  # the package's own errors
+            problem.append(str(e))
+        if problem:
+            raise UserError(f"llama.cpp: {problem[0].splitlines()[0]}")
+
+
+class Torch:
+    """A student's packed file, or any model that --teacher takes, in torch."""
+
+    name = "torch"
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """By the chat template; without one, what was said last, to be continued."""
+        wrapped = getattr(self.tokenizer, "wrapped", None)
+        if wrapped is None or not wrapped.chat_template:
+            return [int(i) for i in self.tokenizer.encode(messages[-1]["content"])]
+        try:
+            text = wrapped.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as e:  # a template may ask for anything
+            reason = (str(e).splitlines() or [type(e).__name__])[0]
+            raise UserError(f"the chat template refuses this: {reason}") from e
+        return [int(i) for i in self.tokenizer.encode(text)]
+
+    def answer(
+        self, messages: Sequence[Message], o: argparse.Namespace, say: Callable[[str], bool]
+    ) -> None:
+        settings = dict(temperature=o.temperature, top_k=TOP_K, top_p=o.top_p, seed=o.seed)
+        ends = end_ids(self.tokenizer)
+        ids: list[int] = []
+        told = 0
+        for token in stream(self.model, self.prompt(messages), **settings):
+            if token in ends or len(ids) == o.max_tokens:
+                break
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            cut = min((i for s in o.stop if (i := text.find(s)) >= 0), default=None)
+            whole = text[:cut].rstrip("\ufffd")  # half a character is not said yet
+            if not say(whole[told:]) or cut is not None:
+                return
+            told = max(told, len(whole))
+
+
+def find_engine(student: str, engine: str, threads: int | None) -> Engine:
+    """The engine asked for, or the faster one that there is a file and a package for."""
+    path = Path(student)
+    ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
+    packed = sorted(path.glob("*.npz")) if path.is_dir() else []
+    have = importlib.util.find_spec("xllamacpp") is not None
+    if engine == "llama.cpp" or (engine == "auto" and ggufs and have):
+        if not ggufs:
+            raise UserError(
+                f"--engine llama.cpp: no .gguf file in {student}; make it with apl-export "
+                f"{student} --to gguf"
+            )
+        if not ggufs[0].is_file():
+            raise UserError(f"no such file or folder: {student}")
+        return LlamaCpp(ggufs[0], threads)
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    try:
+        return Torch(*load_teacher(str(packed[0]) if packed else student))
+    except UserError as e:
+        raise UserError(str(e).removeprefix("--teacher: ")) from e
+
+
+class Interrupt:
+    """Inside `listening`, Ctrl-C only sets ``pressed``."""
+
+    pressed = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        self.pressed = False
+        before = signal.signal(signal.SIGINT, lambda *_: setattr(self, "pressed", True))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def talk(engine: Engine, messages: Sequence[Message], o: argparse.Namespace) -> str:
+    """Print the answer to a conversation as it comes; returns it."""
+    interrupt, said = Interrupt(), []
+
+    def say(piece: str) -> bool:
+        said.append(piece)
+        print(piece, end="", flush=True)
+        return not interrupt.pressed
+
+    with interrupt.listening():
+        engine.answer(messages, o, say)
+    print()
+    return "".join(said)
+
+
+def converse(engine: Engine, o: argparse.Namespace) -> None:
+    first: list[Message] = [{"role": "system", "content": o.system}] if o.system else []
+    messages = list(first)
+    while True:
+        try:
+            asked = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if asked.strip() == "/exit":
+            return
+        if asked.strip() == "/reset":
+            messages = list(first)
+            continue
+        if not asked.strip():
+            continue
+        messages.append({"role": "user", "content": asked})
+        try:
+            answer = talk(engine, messages, o)
+            messages.append({"role": "assistant", "content": answer})
+        except UserError as e:
+            messages.pop()
+            print(f"error: {e} (/reset forgets the conversation)", file=sys.stderr)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    from lowbit.options import Parser, number
+
+    parser = Parser(prog="apl-chat", description=__doc__, allow_abbrev=False)
+    count = number(int, 1)
+    parser.add_argument("student", help="a run's output folder, a .gguf or .npz file, or a teacher")
+    parser.add_argument("--prompt", help="answer this and end")
+    parser.add_argument("--system", help="what the conversation begins with")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.7, help="default 0.7")
+    parser.add_argument("--top_p", type=number(float, 0, 1), default=0.95, help="default 0.95")
+    parser.add_argument("--max_tokens", type=count, default=512, help="of an answer (default 512)")
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
+    parser.add_argument("--stop", nargs="+", default=[], help="texts that end an answer")
+    parser.add_argument("--engine", choices=["auto", "llama.cpp", "torch"], default="auto")
+    parser.add_argument("--threads", type=count, help="default: the engine's own")
+    o = parser.parse_args(argv)
+    try:
+        if o.prompt is not None and not o.prompt.strip():
+            raise UserError("--prompt: give at least one character")
+        engine = find_engine(o.student, o.engine, o.threads)
+        if o.prompt is None:
+            print(f"{o.student} in {engine.name}; Ctrl-C ends an answer, /exit the program")
+            converse(engine, o)
+        else:
+            messages = [{"role": "system", "content": o.system}] if o.system else []
+            talk(engine, [*messages, {"role": "user", "content": o.prompt}], o)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return e.code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
