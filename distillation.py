@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -421,14 +423,21 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
         quantize(o, s.student)
         if o.calibrate:
             calibrate_student(o, s.student, unrounded, s.corpus)
-    notes = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
-    size = save_packed(paths["packed"], s.student, vocabulary, notes=notes)
+    about = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
+    size = save_packed(paths["packed"], s.student, vocabulary, notes=about)
     student = load_packed(paths["packed"])[0].to(s.device).eval()
     if isinstance(student, TransformersLM):
         save_folder(paths["transformers"], student, vocabulary["files"])
+    notes: list[str] = []  # to be told after the losses
     if "gguf" in paths:
-        for line in export(str(paths["packed"]), "gguf", str(paths["gguf"]), None):
-            say(line)
+        notes += export(str(paths["packed"]), "gguf", str(paths["gguf"]), None)
+    if o.save_metrics:
+        write_csv(paths["metrics"], rows)
+        try:
+            plot_metrics(paths["picture"], rows, s.tokenizer.unit)
+        except ImportError:
+            del paths["picture"]
+            notes.append("No picture of the metrics: pip install matplotlib")
     quantized = reference.validate(student)
     teacher, unit = reference.teacher_loss, s.tokenizer.unit
 
@@ -458,22 +467,33 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
         f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} {unit}s, "
         f"fingerprint {s.corpus.fingerprint}"
     )
-    if o.save_metrics:
-        write_csv(paths["metrics"], rows)
+    for line in [*notes, *(f"Wrote {path}" for path in paths.values())]:
+        say(line)
+
+
+class Printer:
+    """Lines on stdout. What its encoding cannot say is replaced, and a reader who has gone (``|
+    head``) ends the printing, not the run."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+
+    def __call__(self, line: str) -> None:
+        if self.closed:
+            return
         try:
-            plot_metrics(paths["picture"], rows, unit)
-        except ImportError:
-            del paths["picture"]
-            say("No picture of the metrics: pip install matplotlib")
-    for path in paths.values():
-        say(f"Wrote {path}")
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            self.closed = True
+            # What is left in the buffer would raise once more at the end of the process.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list[str] | None = None) -> int:
-    def say(line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
-
+    say = Printer()
     try:
         setup = set_up(parse_options(sys.argv[1:] if argv is None else argv), say)
         rows, summary = train(setup, say)
@@ -483,6 +503,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.code
+    except OSError as e:
+        print(f"error: cannot write {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; no file was written", file=sys.stderr)
         return 130

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shlex
 import subprocess
@@ -431,3 +432,27 @@ def test_other_optimisers_can_start_calibrated(run):
     (_, a, _), (_, b, _) = run(*flags, "--calibrate"), run(*flags)
     kl = [float(re.search(r"teacher (\d\.\d+)\)", "".join(x))[1]) for x in (a, b)]
     assert kl[0] < kl[1]
+
+
+@pytest.mark.parametrize("how", ["ascii", "closed"])
+def test_what_cannot_be_printed_loses_no_file(tmp_path, text_file, tiny_teacher, how):
+    """A terminal that knows only ASCII, and a reader that has gone after the first line."""
+    words = ["--data", str(text_file), "--teacher", str(tiny_teacher), *SMALL, "--epochs", "2"]
+    command = [sys.executable, "distillation.py", *words, "--hybrid", "--ternary", "--qat"]
+    command += ["--save_metrics", "--output_dir", str(tmp_path / "o")]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
+    ran = subprocess.Popen(
+        command, cwd=ROOT, env=environment if how == "ascii" else None,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if how == "closed":
+        ran.stdout.readline()
+        ran.stdout.close()
+        err = ran.stderr.read()
+        ran.stderr.close()
+    else:
+        out, err = ran.communicate()
+        assert "Wrote" in out
+    assert ran.wait() == 0
+    assert "Error" not in err
+    assert {p.suffix for p in (tmp_path / "o").iterdir()} >= {".npz", ".pth", ".csv"}

@@ -1,0 +1,163 @@
+"""Decoding in llama.cpp and sizes of files: python benchmarks/decoding/measure.py [--rounds 5]
+
+Models of random ternary weights in two shapes decode as fast as trained ones. Each is exported as a
+student is (first and last block, embedding and head in 8 bits), in every type that its rows allow,
+and in float32. All files of a shape are loaded, and take turns. Appends one JSON line a shape to
+runs.jsonl beside this file and rewrites summary.json. Needs the extras gguf and chat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xllamacpp
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from lowbit.files.gguf_file import export_gguf  # noqa: E402
+from lowbit.files.packed import Packed, Stored  # noqa: E402
+from studies.bench import RunLog, machine  # noqa: E402
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, tied=True, types=("q4_0",),
+    ),
+    "llama-1.1b": dict(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, vocab_size=32000, tied=False, types=("tq2_0", "tq1_0", "q4_0"),
+    ),
+}  # fmt: skip
+PROMPT = list(range(8))
+
+
+def student(shape: dict[str, Any], edges: int = 1) -> Packed:
+    """A packed student of random codes, ``edges`` blocks at either end in 8 bits."""
+    rng = np.random.default_rng(0)
+    width, inner, layers = (
+        shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"],
+    )  # fmt: skip
+    kv = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    tensors: dict[str, Stored] = {}
+
+    def codes(name: str, rows: int, columns: int, kind: str) -> None:
+        top = 1 if kind == "ternary" else 127
+        values = rng.integers(-top, top + 1, (rows, columns), dtype=np.int8)
+        scale = np.full((rows, 1), 2.0 ** -round(np.log2(top * columns**0.5)), np.float32)
+        tensors[name] = Stored(kind, values, scale)
+
+    codes("model.embed_tokens.weight", shape["vocab_size"], width, "int8")
+    for i in range(layers):
+        kind = "int8" if i < edges or i >= layers - edges else "ternary"
+        block = f"model.layers.{i}."
+        for name, rows, columns in (
+            ("self_attn.q_proj", width, width), ("self_attn.k_proj", kv, width),
+            ("self_attn.v_proj", kv, width), ("self_attn.o_proj", width, width),
+            ("mlp.gate_proj", inner, width), ("mlp.up_proj", inner, width),
+            ("mlp.down_proj", width, inner),
+        ):  # fmt: skip
+            codes(f"{block}{name}.weight", rows, columns, kind)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{block}{name}.weight"] = Stored("float32", np.ones(width, np.float32))
+    tensors["model.norm.weight"] = Stored("float32", np.ones(width, np.float32))
+    if not shape["tied"]:
+        codes("lm_head.weight", shape["vocab_size"], width, "int8")
+    config = {k: v for k, v in shape.items() if k not in ("tied", "types")}
+    config |= {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+    wrapped = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
+    wrapped.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    files = {"tokenizer.json": wrapped.to_str()}
+    return Packed({"transformers": config}, {"files": files}, {}, tensors)
+
+
+def in_float32(found: Packed) -> Packed:
+    tensors = {n: Stored("float32", t.weight()) for n, t in found.tensors.items()}
+    return Packed(found.config, found.tokenizer, found.notes, tensors)
+
+
+def open_server(path: Path, threads: int) -> Any:
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.verbosity = str(path), 512, -1
+    params.cpuparams.n_threads = threads
+    return xllamacpp.Server(params)
+
+
+def tokens_a_second(server: Any, tokens: int) -> float:
+    answer = server.handle_completions(
+        {
+            "prompt": PROMPT,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+    )
+    return float(answer["timings"]["predicted_per_second"])
+
+
+def measure(name: str, rounds: int, tokens: int, threads: int) -> dict[str, Any]:
+    shape = SHAPES[name]
+    found = student(shape)
+    weights = sum(t.values.size for t in found.tensors.values())
+    with tempfile.TemporaryDirectory(dir=HERE) as folder:
+        files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *shape["types"])}
+        for kind, path in files.items():
+            export_gguf(in_float32(found) if kind == "f32" else found, path,
+                        None if kind == "f32" else kind)  # fmt: skip
+        sizes = {kind: path.stat().st_size for kind, path in files.items()}
+        del found
+        servers = {kind: open_server(path, threads) for kind, path in files.items()}
+        speeds: dict[str, list[float]] = {kind: [] for kind in files}
+        for n in range(rounds + 1):
+            for kind, server in servers.items():
+                speed = tokens_a_second(server, tokens)
+                if n:  # the first reads the files
+                    speeds[kind].append(speed)
+            print(name, n, {k: round(v[-1], 2) for k, v in speeds.items() if v}, flush=True)
+        del servers
+    return {
+        "shape": name, "weights": weights, "tokens": tokens, "threads": threads, "bytes": sizes,
+        "tokens_a_second": speeds, "xllamacpp": xllamacpp.__version__, **machine(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    o = parser.parse_args()
+    log = RunLog(HERE / "runs.jsonl")
+    for name in o.shapes:
+        log.append(measure(name, o.rounds, o.tokens, o.threads))
+    table = []
+    for run in log.runs:
+        base = run["tokens_a_second"]["f32"]
+        for kind, speeds in run["tokens_a_second"].items():
+            ratios = [a / b for a, b in zip(speeds, base, strict=True)]
+            table.append(
+                {
+                    "shape": run["shape"],
+                    "type": kind,
+                    "tokens_a_second": statistics.median(speeds),
+                    "over_f32": statistics.median(ratios),
+                    "over_f32_range": [min(ratios), max(ratios)],
+                    "bytes": run["bytes"][kind],
+                    "smaller_than_f32": 4 * run["weights"] / run["bytes"][kind],
+                }
+            )
+    (HERE / "summary.json").write_text(json.dumps({"runs": table, **machine()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
