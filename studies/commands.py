@@ -17,13 +17,14 @@ from studies.bench import machine
 ROOT = Path(__file__).parent.parent
 
 
-def measured(words: Sequence[str]) -> dict[str, Any]:
-    """Run ``python WORDS --output_dir FOLDER``: command, exit code, seconds (starting Python
-    included), peak memory in bytes, what was printed, and the rows of its metrics."""
+def measured(words: Sequence[str], *, output: str | None = "--output_dir") -> dict[str, Any]:
+    """Run ``python WORDS``, with ``output`` and a temporary folder after them: command, exit code,
+    seconds (starting Python included), peak memory in bytes, what was printed, and the rows of its
+    metrics."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, *words, "--output_dir", folder],
+            [sys.executable, *words, *([output, folder] if output else [])],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

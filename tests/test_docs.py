@@ -8,8 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from hybrid_optimization import HybridTrainingConfig
+from lowbit.files.packed import load_packed, save_packed
+from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.quantization.layers import quantize_model
+from lowbit.text.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.name for p in ROOT.glob("*.md"))
@@ -17,7 +22,8 @@ PAGES = sorted(p.name for p in ROOT.glob("*.md"))
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_examples_run(page):
-    for code in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.S):
+    text = (ROOT / page).read_text("utf-8")
+    for code in re.findall(r"(?<!<!-- reader -->\n)```python\n(.*?)```", text, re.S):
         exec(compile(code, page, "exec"), {})
 
 
@@ -54,3 +60,23 @@ def test_studies_carry_their_provenance():
         assert (folder / "README.md").exists()
         for record in [*runs, summary]:
             assert {"commit", "cpu", "torch", "python"} <= record.keys()
+
+
+@pytest.mark.parametrize("mode", ["ternary", "1bit"])
+def test_the_guides_reader_reads_a_packed_file(tmp_path, monkeypatch, mode):
+    """The same weights as ours, from numpy alone."""
+    text = (ROOT / "HYBRID_OPTIMIZATION_GUIDE.md").read_text("utf-8")
+    code = re.findall(r"<!-- reader -->\n```python\n(.+?)\n```", text, re.S)
+    assert len(code) == 1
+    config = ModelConfig(hidden_size=40, intermediate_size=33, num_hidden_layers=2)
+    model = quantize_model(CausalLM(config).initialise(0), mode, first=1)
+    (tmp_path / "student").mkdir()
+    path = tmp_path / "student" / "student_quantized_ternary_1.58bit_qat.npz"
+    save_packed(path, model, ByteTokenizer().describe())
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(code[0], found)
+    expected = load_packed(path)[0].state_dict()
+    for name, weight in found["weights"].items():
+        assert torch.equal(torch.from_numpy(weight), expected[name]), name
+    assert found["weights"].keys() <= expected.keys()
