@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from hybrid_optimization import (
 from lowbit import RunFailed, UserError
 from lowbit.export import export
 from lowbit.extras import require
-from lowbit.files.atomic import prepare_folder
+from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.files.checkpoint import save_float32
 from lowbit.files.gguf_file import check_exportable
 from lowbit.files.packed import load_packed, save_packed
@@ -54,7 +55,7 @@ from lowbit.quantization.layers import (
     snapshot_codes,
     strength,
 )
-from lowbit.report import epoch_line, plot_metrics, summary_lines, write_csv
+from lowbit.report import epoch_line, model_card, plot_metrics, summary_lines, write_csv
 from lowbit.text.corpus import Corpus, load_corpus
 from lowbit.text.sampler import StratifiedSampler
 from lowbit.text.tokenizers import Tokenizer
@@ -444,7 +445,17 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     def share(x: Validation) -> str:
         return f"{100 * (x.loss / teacher - 1):+.1f}% against the teacher"
 
-    say(f"Validation loss, nats a {unit} ({len(windows)} windows of {o.seq_len} held-out {unit}s):")
+    measured_on = f"{len(windows)} windows of {o.seq_len} held-out {unit}s"
+    if isinstance(student, TransformersLM):
+        losses = {
+            "teacher": f"{teacher:.4f}",
+            "student": f"{quantized.loss:.4f} +- {quantized.error:.4f}",
+            "KL to the teacher": f"{quantized.kl:.4f}",
+        }
+        name, print_ = Path(o.teacher).name, s.corpus.fingerprint
+        card = model_card(name, o.mode, s.max_steps, print_, losses, measured_on)
+        atomic_write(paths["transformers"] / "README.md", lambda f: f.write(card.encode()))
+    say(f"Validation loss, nats a {unit} ({measured_on}):")
     say(f"  teacher              {teacher:.4f}")
     say(
         f"  student, quantized   {quantized.loss:.4f} +- {quantized.error:.4f} "

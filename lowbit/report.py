@@ -37,6 +37,43 @@ def summary_lines(summary: dict[str, Any], *, hybrid: bool) -> list[str]:
     return [*lines, RULE]
 
 
+def model_card(
+    teacher: str, mode: str, steps: int, text: str, losses: dict[str, str], windows: str
+) -> str:
+    """README.md of a student's folder for transformers: what it is, what was measured, how it is
+    loaded. losses: a row of the table each; windows: what they were measured on."""
+    kind = "ternary (1.58-bit)" if mode == "ternary" else "1-bit"
+    table = "\n".join(f"| {name} | {value} |" for name, value in losses.items())
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {mode}
+- distillation
+- quantization-aware-training
+---
+
+# A {kind} student of {teacher}
+
+The weights are rounded, and stored here as float32, so that any program loads them. The small
+file is the packed .npz, or the GGUF, of the same run.
+
+| cross-entropy, nats a token | on {windows} |
+| --- | --- |
+{table}
+
+Distilled in {steps} steps on a text of fingerprint {text}, held-out windows of which are what the
+table is about. On other texts it was not measured.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+```
+"""
+
+
 def write_csv(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
     """A row an epoch, whole file or nothing. Floats are written with 9 significant digits."""
     names = list(dict.fromkeys(k for row in rows for k in row))

@@ -201,6 +201,11 @@ def test_the_whole_run(folders, text_file, tmp_path, capsys):
     with torch.no_grad():
         assert torch.equal(theirs(IDS).logits, ours(IDS).logits)
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    card = (out / "transformers" / "README.md").read_text()
+    loss = re.search(r"student, quantized +(\S+ \+- \S+) ", printed)[1]
+    assert f"| student | {loss} |" in card
+    assert "# A ternary (1.58-bit) student of llama" in card
+    assert str(folders["llama"].parent) not in card
     names = sorted(p.name for p in out.iterdir())
     assert names == sorted(
         [packed.name, "student_metrics.csv", "student_metrics.png", "transformers"]
