@@ -9,6 +9,7 @@ What the run is made of is in ``lowbit/``; the optimiser in ``hybrid_optimizatio
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import io
 import math
@@ -119,6 +120,8 @@ def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None
     settle(o, teacher, tokenizer)
     if o.export:
         require("gguf", "gguf")
+        if o.student_size != "same":
+            raise UserError("--export gguf: a --student_size of ours has no form in GGUF")
         check_exportable(teacher.describe(), tokenizer.describe())
     limit = teacher.max_positions
     if o.seq_len > limit:
@@ -244,7 +247,7 @@ def make_step(
             )
         each = (o.alpha * ce + (1 - o.alpha) * kl).detach()
         if hidden_weight:
-            hint = hidden_state_loss(out.hidden_states, target.hidden_states)
+            hint = hidden_state_loss(out.hidden_states, target.hidden_states, labels)
             objective = objective + hidden_weight * weighted_mean(hint, factors)
             each = each + hidden_weight * hint.detach()
         objective.backward()
@@ -430,8 +433,13 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     if isinstance(student, TransformersLM):
         save_folder(paths["transformers"], student, vocabulary["files"])
     notes: list[str] = []  # to be told after the losses
+    problem: UserError | None = None
     if "gguf" in paths:
-        notes += export(str(paths["packed"]), "gguf", str(paths["gguf"]), None)
+        try:
+            notes += export(str(paths["packed"]), "gguf", str(paths["gguf"]), None)
+        except UserError as e:  # all else is written and told first
+            problem = e
+            del paths["gguf"]
     if o.save_metrics:
         write_csv(paths["metrics"], rows)
         try:
@@ -480,6 +488,8 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     )
     for line in [*notes, *(f"Wrote {path}" for path in paths.values())]:
         say(line)
+    if problem:
+        raise problem
 
 
 class Printer:
@@ -497,19 +507,21 @@ class Printer:
         try:
             tqdm.write(line, file=sys.stdout)
             sys.stdout.flush()
-        except BrokenPipeError:
+        except OSError:  # or of a full disk
             self.closed = True
             # What is left in the buffer would raise once more at the end of the process.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main(argv: list[str] | None = None) -> int:
-    say = Printer()
+    say, saving = Printer(), False
     try:
         setup = set_up(parse_options(sys.argv[1:] if argv is None else argv), say)
         rows, summary = train(setup, say)
         for line in summary_lines(summary, hybrid=setup.options.hybrid):
             say(line)
+        saving = True
         save(setup, rows, say)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -518,7 +530,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: cannot write {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; no file was written", file=sys.stderr)
+        told = "some files may be missing" if saving else "no file was written"
+        print(f"interrupted; {told}", file=sys.stderr)
         return 130
     return 0
 

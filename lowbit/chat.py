@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowbit import UserError
+from lowbit.export import find_packed
 from lowbit.extras import require
 from lowbit.generate import stream
 from lowbit.models.interface import LanguageModel
@@ -63,7 +64,8 @@ class LlamaCpp:
             if "error" in chunk:
                 problem.append(str(chunk["error"].get("message", chunk["error"])))
                 return True
-            return not say(chunk["choices"][0].get("delta", {}).get("content") or "")
+            delta = chunk["choices"][0].get("delta", {})
+            return not say(delta.get("content") or delta.get("reasoning_content") or "")
 
         asked = {
             "messages": list(messages), "stream": True, "max_tokens": o.max_tokens,
@@ -106,30 +108,50 @@ class Torch:
         settings = dict(temperature=o.temperature, top_k=TOP_K, top_p=o.top_p, seed=o.seed)
         ends = end_ids(self.tokenizer)
         ids: list[int] = []
-        told = 0
+        told, text = 0, ""
         for token in stream(self.model, self.prompt(messages), **settings):
             if token in ends or len(ids) == o.max_tokens:
                 break
             ids.append(token)
             text = self.tokenizer.decode(ids)
             cut = min((i for s in o.stop if (i := text.find(s)) >= 0), default=None)
-            whole = text[:cut].rstrip("\ufffd")  # half a character is not said yet
-            if not say(whole[told:]) or cut is not None:
+            if cut is not None:
+                say(text[told:cut])
                 return
-            told = max(told, len(whole))
+            sure = sure_part(text, o.stop)
+            if not say(text[told:sure]):
+                return
+            told = max(told, sure)
+        say(text[told:])
+
+
+def sure_part(text: str, stops: Sequence[str]) -> int:
+    """How much of a text can be said: not half a character, nor what may begin a text that ends
+    the answer."""
+    sure = len(text.rstrip("\ufffd"))
+    for stop in stops:
+        for n in range(min(len(stop) - 1, sure), 0, -1):
+            if text.endswith(stop[:n]):
+                sure = min(sure, len(text) - n)
+                break
+    return sure
 
 
 def find_engine(student: str, engine: str, threads: int | None) -> Engine:
     """The engine asked for, or the faster one that there is a file and a package for."""
     path = Path(student)
     ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
-    packed = sorted(path.glob("*.npz")) if path.is_dir() else []
+    packed = [find_packed(student)] if path.is_dir() and list(path.glob("*.npz")) else []
+    if packed:  # of the same run only
+        made = packed[0].with_suffix(".gguf")
+        fresh = made.is_file() and made.stat().st_mtime >= packed[0].stat().st_mtime
+        ggufs = [made] if fresh else []
     have = importlib.util.find_spec("xllamacpp") is not None
     if engine == "llama.cpp" or (engine == "auto" and ggufs and have):
         if not ggufs:
             raise UserError(
-                f"--engine llama.cpp: no .gguf file in {student}; make it with apl-export "
-                f"{student} --to gguf"
+                f"--engine llama.cpp: no up-to-date .gguf file in {student}; make it with "
+                f"apl-export {student} --to gguf"
             )
         if not ggufs[0].is_file():
             raise UserError(f"no such file or folder: {student}")

@@ -122,11 +122,27 @@ def test_a_student_of_bytes_goes_on_with_the_text(tmp_path, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("text", "stops", "said"),
+    [("abc", [], "abc"), ("abUse", ["User:"], "ab"), ("abUsex", ["User:"], "abUsex"),
+     ("a\ufffd", [], "a"), ("aab", ["abc", "b!"], "a")],
+)  # fmt: skip
+def test_what_may_end_an_answer_is_held_back(text, stops, said):
+    assert text[: chat.sure_part(text, stops)] == said
+
+
+def test_a_gguf_of_an_older_run_is_not_talked_to(folder, tmp_path):
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    os.utime(tmp_path / "student.gguf", (1, 1))
+    assert chat.find_engine(str(tmp_path), "auto", None).name == "torch"
+
+
 def test_mistakes(folder, tmp_path, capsys):
     for words, reason in {
         (str(tmp_path / "none"),): "no such file or folder",
         (str(tmp_path / "none.gguf"), "--engine", "llama.cpp"): "no such file",
-        (str(tmp_path), "--engine", "llama.cpp"): "no .gguf file",
+        (str(tmp_path), "--engine", "llama.cpp"): "no up-to-date .gguf file",
         (str(folder), "--prompt", " "): "at least one character",
     }.items():
         assert chat.main(list(words)) == 2

@@ -21,7 +21,7 @@ from lowbit.quantization import layers
 from lowbit.quantization.layers import low_bit_layers, quantize_model, rounded_once
 from lowbit.text.corpus import load_corpus
 from lowbit.text.tokenizers import UNCOUNTED, TeacherTokenizer
-from lowbit.training.estimate import choose_passes
+from lowbit.training.estimate import choose_passes, halved
 from lowbit.training.losses import IGNORED, distillation_objective
 from lowbit.training.validation import Reference, batch_of, counted_tokens
 
@@ -167,8 +167,16 @@ def test_a_teacher_held_in_bfloat16_says_the_same(folder):
     ],
 )
 def test_passes_shrink_before_blocks_are_computed_again(fits, found):
-    """Down to so many tokens, of which fewer would be slow."""
-    assert choose_passes(7, 100, most=4, few=150, fits=fits) == found
+    """Down to so many windows, of which fewer would be slow."""
+    assert choose_passes([4, 2, 1], 2, None, fits) == found
+
+
+def test_what_is_asked_for_is_done():
+    """Computing again at the largest passes that fit; never where it is switched off."""
+    assert halved(7) == [7, 4, 2, 1]
+    assert choose_passes([4, 2, 1], 2, True, lambda m, again: m <= 2) == (2, True)
+    assert choose_passes([4, 2, 1], 2, False, lambda m, again: again) == (1, False)
+    assert choose_passes([3], 2, None, lambda m, again: True) == (3, False)
 
 
 # ----------------------------------------------------------------------- tokens that count
@@ -190,6 +198,37 @@ def test_a_chat_counts_what_the_assistant_says(tokenizer):
     counted = [i for i, x in enumerate(ids) if x < UNCOUNTED]
     said = tokenizer.wrapped.decode(plain[counted].tolist(), skip_special_tokens=False)
     assert said == "so</s>the miller's letter, é</s>"
+    assert tokenizer.end_of_turn == "</s>"
+
+
+def test_answers_that_occur_elsewhere(tokenizer):
+    """Inside the template's own words, in the question, or with nothing said."""
+    turns = [("user", "s assistant"), ("assistant", "s"), ("user", ""), ("assistant", "")]
+    ids = tokenizer.encode_chat("a", [{"role": r, "content": c} for r, c in turns])
+    counted = [int(x) for x in ids if x < UNCOUNTED]
+    said = tokenizer.wrapped.decode(counted, skip_special_tokens=False)
+    assert said == "s</s></s>"
+
+
+def test_a_template_that_drops_thoughts(folder):
+    """Of earlier answers, as Qwen 3's does: what is left of them counts."""
+    tokenizer = load_teacher(str(folder))[1]
+    tokenizer.wrapped.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}(hm){% endif %}{{ m.content }}</s>\n"
+        "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    ids = tokenizer.encode_chat("a", [{"role": r, "content": c} for r, c in turns])
+    counted = [int(x) for x in ids if x < UNCOUNTED]
+    assert tokenizer.wrapped.decode(counted, skip_special_tokens=False) == "b</s>(hm)d</s>"
+
+
+def test_chats_without_answers_are_refused(tokenizer, tmp_path):
+    line = '{"messages": [{"role": "user", "content": "hi %d"}]}\n'
+    (tmp_path / "a.jsonl").write_text("".join(line % i for i in range(200)))
+    with pytest.raises(UserError, match="no token of the training text counts"):
+        load_corpus([str(tmp_path / "a.jsonl")], 16, tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -197,14 +236,19 @@ def test_a_chat_counts_what_the_assistant_says(tokenizer):
     [
         (None, "the teacher has no chat template"),
         ("{{ raise_exception('only one turn') }}", "chat template refuses: only one turn"),
-        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "changes what message 1"),
+        (
+            "{% for m in messages %}{{ m.content | upper }}{{ loop.length }}{% endfor %}",
+            "changes what message 2",
+        ),
     ],
 )
 def test_chats_that_the_template_does_not_take(folder, template, reason):
     tokenizer = load_teacher(str(folder))[1]
     tokenizer.wrapped.chat_template = template
+    turns = [("user", "hi"), ("assistant", "ho"), ("user", "hi")]
+    messages = [{"role": r, "content": c} for r, c in turns]
     with pytest.raises(UserError, match=reason) as e:
-        tokenizer.encode_chat("a.jsonl:3", [{"role": "user", "content": "hi"}])
+        tokenizer.encode_chat("a.jsonl:3", messages)
     assert "a.jsonl:3" in str(e.value)
 
 

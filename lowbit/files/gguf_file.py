@@ -187,6 +187,11 @@ def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
             f"a model of type {values.get('model_type')!r} cannot be exported to GGUF here; "
             f"tried are {', '.join(ARCHITECTURES)}"
         )
+    heads = values["num_attention_heads"]
+    inner = heads * (values.get("head_dim") or values["hidden_size"] // heads)
+    odd = [n for n in (values["hidden_size"], values["intermediate_size"], inner) if n % 32]
+    if odd:
+        raise UserError(f"rows of {odd[0]} weights fit no block of GGUF (32 divide them)")
     rotary(values)
     bpe_of(tokenizer)
 
@@ -334,7 +339,10 @@ def add_tokenizer(writer: Any, description: dict[str, Any], rows: int) -> None:
         if found is not None:
             add(found)
     bos = special("bos")
-    steps = (whole.get("post_processor") or {}).get("single") or []
+    processor = whole.get("post_processor") or {}
+    steps: list[dict[str, Any]] = next(
+        (p["single"] for p in [processor, *processor.get("processors", [])] if "single" in p), []
+    )
     first = next((s["SpecialToken"]["id"] for s in steps[:1] if "SpecialToken" in s), None)
     writer.add_add_bos_token(bos is not None and first is not None and ids.get(first) == bos)
     template = files.get("chat_template.jinja") or settings.get("chat_template")

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from lowbit import UserError
 from lowbit.text import documents as sources
 from lowbit.text.documents import Document
-from lowbit.text.tokenizers import Tokenizer
+from lowbit.text.tokenizers import UNCOUNTED, Tokenizer
 
-FORMAT = 1  # of the files below; another number, other files
+FORMAT = 2  # of the files below; another number, other files
 CHARACTERS_AT_ONCE = 1 << 20  # of documents that are tokenised together
 PARTS = ("train", "validation")
 
@@ -70,6 +70,12 @@ def load_corpus(paths: Sequence[str], seq_len: int, tokenizer: Tokenizer) -> Cor
             f"--data: {len(parts[0]):,} training and {len(parts[1]):,} validation tokens are too "
             f"few for windows of {seq_len} + 1; give more text or a smaller --seq_len"
         )
+    for part, name in zip(PARTS, ("training", "validation"), strict=True):
+        if not index["counted"][part]:
+            raise UserError(
+                f"--data: no token of the {name} text counts: its chats have no message whose role "
+                "is assistant"
+            )
     return Corpus(train, validation, len(parts[0]), len(parts[1]), index["fingerprint"])
 
 
@@ -134,8 +140,9 @@ def sound(folder: Path) -> bool:
     try:
         index = json.loads((folder / "index.json").read_text("utf-8"))
         size = np.dtype(index["dtype"]).itemsize
-        return all((folder / p).stat().st_size == index[p] * size for p in PARTS)
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = all((folder / p).stat().st_size == index[p] * size for p in PARTS)
+        return whole and set(PARTS) <= index["counted"].keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -143,7 +150,8 @@ class _Tokens:
     """A file of tokens that grows."""
 
     def __init__(self, path: Path, separator: np.ndarray) -> None:
-        self.path, self.separator, self.count = path, separator, 0
+        self.path, self.separator = path, separator
+        self.count = self.counted = 0  # tokens, and those of them that losses count
         self.file = path.open("w+b")
 
     def append(self, tokens: np.ndarray, after_text: bool) -> None:
@@ -154,6 +162,7 @@ class _Tokens:
     def _write(self, tokens: np.ndarray) -> None:
         self.file.write(tokens.tobytes())
         self.count += len(tokens)
+        self.counted += int((tokens < UNCOUNTED).sum())
 
     def widen(self, old: np.dtype, new: np.dtype) -> None:
         """Write again what is there, in another dtype."""
@@ -210,6 +219,7 @@ def tokenise(documents: Iterable[Document], tokenizer: Tokenizer, folder: Path) 
         if part is parts[0]:
             digest_of_all.update(b"\xff")
     index: dict[str, Any] = {x.path.name: x.count for x in parts}
+    index["counted"] = {x.path.name: x.counted for x in parts}
     index |= {"dtype": dtype.name, "fingerprint": digest_of_all.hexdigest()[:16]}
     (folder / "index.json").write_text(json.dumps(index), "utf-8")
 

@@ -90,8 +90,13 @@ def write_batch(
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:
-    wrapped = getattr(tokenizer, "wrapped", None)
-    return set() if wrapped is None or wrapped.eos_token_id is None else {wrapped.eos_token_id}
+    """Ids that end what a model says: its end of text, and of a turn in a chat."""
+    if not isinstance(tokenizer, TeacherTokenizer):
+        return set()
+    wrapped = tokenizer.wrapped
+    turn = tokenizer.end_of_turn
+    ids = {wrapped.eos_token_id, wrapped.convert_tokens_to_ids(turn) if turn else None}
+    return {i for i in ids if i is not None}
 
 
 def whole_text(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,11 +109,13 @@ class TeacherTokenizer:
         if not self.wrapped.is_fast:
             raise UserError(f"--data: {name} is a chat; that needs a tokenizer.json of the teacher")
         try:
-            text = self.wrapped.apply_chat_template(list(messages), tokenize=False)
+            text = self._rendered(messages)
+            spans = self._answers(name, text, messages)
+        except UserError:
+            raise
         except Exception as e:  # a template may ask for anything, and raise anything
             reason = (str(e).splitlines() or [type(e).__name__])[0]
             raise UserError(f"--data: {name}: the teacher's chat template refuses: {reason}") from e
-        spans = self._answers(name, text, messages)
         found = self.wrapped(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -123,23 +126,47 @@ class TeacherTokenizer:
             counted |= (start <= starts) & (starts < end)
         return np.where(counted, ids, ids | UNCOUNTED)
 
+    def _rendered(self, messages: Sequence[Message], ask: bool = False) -> str:
+        return self.wrapped.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=ask
+        )
+
     def _answers(self, name: str, text: str, messages: Sequence[Message]) -> list[tuple[int, int]]:
-        """Where in a chat's text the assistant speaks, with the mark that ends its turn."""
-        spans, at, end = [], 0, self.wrapped.eos_token or ""
-        for n, message in enumerate(messages, 1):
-            content = message["content"].strip()
-            start = text.find(content, at)
-            if start < 0:
+        """Where in a chat's text the assistant speaks, with the mark that ends its turn: from where
+        it is asked to, to the end of the chat with its answer. Where a template later drops part
+        of an answer, to the mark after what is left."""
+        spans = []
+        for n, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, after = self._rendered(messages[:n], True), self._rendered(messages[: n + 1])
+            start = len(before)
+            end = len(after.rstrip()) if text.startswith(after) else -1
+            if end < 0:
+                content = message["content"].strip()
+                at = text.find(content, start)
+                mark = self.end_of_turn or ""
+                end = at + len(content) + len(mark) * text.startswith(mark, at + len(content))
+                end = end if at >= 0 else -1
+            if not text.startswith(before) or end < start:
                 raise UserError(
-                    f"--data: {name}: the teacher's chat template changes what message {n} says, "
-                    "so its tokens cannot be told from the others"
+                    f"--data: {name}: the teacher's chat template changes what message {n + 1} "
+                    "says, so its tokens cannot be told from the others"
                 )
-            at = start + len(content)
-            if message["role"] == "assistant":
-                if end and text.startswith(end, at):
-                    at += len(end)
-                spans.append((start, at))
+            spans.append((start, end))
         return spans
+
+    @cached_property
+    def end_of_turn(self) -> str | None:
+        """The special token that the chat template puts after what the assistant says."""
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u241e"}]
+        try:
+            rest = self._rendered(turns).partition("\u241e")[2]
+        except Exception:  # a template may ask for anything
+            return None
+        special = [t.content for t in self.wrapped.added_tokens_decoder.values() if t.special]
+        found = [(rest.find(t), t) for t in special if t in rest]
+        return min(found)[1] if found else None
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.wrapped.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -153,7 +180,7 @@ def saved_files(tokenizer: TeacherTokenizer) -> dict[str, str]:
     """{name: text} of what `save_pretrained` writes."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.wrapped.save_pretrained(folder)
-        return {p.name: p.read_text("utf-8") for p in sorted(Path(folder).iterdir())}
+        return {p.name: p.read_text("utf-8") for p in sorted(Path(folder).iterdir()) if p.is_file()}
 
 
 def odd_names(files: dict[Any, Any]) -> bool:

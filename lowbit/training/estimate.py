@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,20 +62,29 @@ def memory_needed(
 
 
 def choose_passes(
-    batch: int, length: int, most: int, few: int, fits: Callable[[int, bool], bool]
+    sizes: Sequence[int], few: int, again: bool | None, fits: Callable[[int, bool], bool]
 ) -> tuple[int, bool]:
     """Windows a forward pass, and whether blocks are computed again in the backward pass.
 
-    Passes hold at most ``most`` windows; they are halved while memory is too short and they have
-    at least ``few`` tokens, then blocks are computed again, and then they are halved further. What
-    ``fits`` refuses to the end is answered by the least.
+    sizes: of a pass, in falling order; few: the least that is not slow; again: True or False where
+    that is settled. Passes shrink while memory is too short, down to ``few``; then blocks are
+    computed again, and then passes shrink further. What ``fits`` refuses to the end is answered by
+    the least.
     """
-    sizes = [min(batch, most)]
+    plain = [m for m in sizes if m >= few] or list(sizes[:1])
+    if again is None:
+        choices = [(m, False) for m in plain] + [(m, True) for m in sizes[len(plain) - 1 :]]
+    else:
+        choices = [(m, again) for m in sizes]
+    return next((c for c in choices if fits(*c)), choices[-1])
+
+
+def halved(most: int) -> list[int]:
+    """most, half of it, and so on, to 1."""
+    sizes = [most]
     while sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
-    plain = [m for m in sizes if m * length >= few] or sizes[:1]
-    choices = [(m, False) for m in plain] + [(m, True) for m in sizes[len(plain) - 1 :]]
-    return next((c for c in choices if fits(*c)), choices[-1])
+    return sizes
 
 
 def memory_available(device: torch.device) -> float:

@@ -41,18 +41,24 @@ def distillation_terms(
 
 
 def hidden_state_loss(
-    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Mean over blocks and tokens of ||h_s - h_t||^2 / ||h_t||^2, hidden states (B, T, C) -> (B,).
+    """Mean over blocks and tokens of ||h_s - h_t||^2 / ||h_t||^2, hidden states (B, T, C) -> (B,);
+    over tokens whose label is not IGNORED where labels (B, T) are given.
 
     FitNets' hint loss (arXiv 1412.6550) after every block, made dimensionless token by token: the
     first tokens' massive activations (arXiv 2402.17762) would own a common denominator.
     """
+    if labels is None:
+        labels = torch.zeros(teacher[0].shape[:2], device=teacher[0].device)
     terms = [
-        (
+        window_means(
             (s.float() - t.float()).square().sum(-1)
-            / t.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny)
-        ).mean(1)
+            / t.float().square().sum(-1).clamp_min(torch.finfo(torch.float32).tiny),
+            labels,
+        )
         for s, t in zip(student, teacher, strict=True)
     ]
     return torch.stack(terms).mean(dim=0)

@@ -31,6 +31,7 @@ from lowbit.training.estimate import (
     STEP_PASSES,
     Estimate,
     choose_passes,
+    halved,
     memory_available,
     memory_needed,
     seconds_a_token,
@@ -137,7 +138,9 @@ def plan(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estim
     device = teacher.embedding.weight.device
     dtype = choose_dtype(device, teacher)
     held = dtype.itemsize if dtype else 4
-    trained = weights(teacher) - weights(teacher.embedding)
+    blocks = weights(teacher.blocks)
+    left = (o.student_layers or len(teacher.blocks)) / len(teacher.blocks)
+    trained = int(weights(teacher) - weights(teacher.embedding) - (1 - left) * blocks)
     # The teacher is in memory already.
     available = memory_available(device) + 4 * weights(teacher)
 
@@ -146,19 +149,14 @@ def plan(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estim
             teacher, windows * o.seq_len, trained=trained, recomputes=recomputes, held=held
         )
 
-    def fits(windows: int, recomputes: bool) -> bool:
-        asked = (o.micro_batch_size, o.activation_checkpointing)
-        wanted = all(a in (None, x) for a, x in zip(asked, (windows, recomputes), strict=True))
-        return wanted and needed(windows, recomputes) <= available
-
-    most, few = PASS_TOKENS[device.type]
-    most = o.micro_batch_size or max(1, most // o.seq_len)
-    windows, recomputes = choose_passes(o.batch_size, o.seq_len, most, few, fits)
-    if o.micro_batch_size is None:
-        o.micro_batch_size = windows
-    o.micro_batch_size = min(o.micro_batch_size, o.batch_size)
-    if o.activation_checkpointing is None:
-        o.activation_checkpointing = recomputes
+    most, few = (max(1, n // o.seq_len) for n in PASS_TOKENS[device.type])
+    if o.micro_batch_size is not None:
+        sizes = [min(o.micro_batch_size, o.batch_size)]
+    else:
+        sizes = halved(min(most, o.batch_size))
+    o.micro_batch_size, o.activation_checkpointing = choose_passes(
+        sizes, few, o.activation_checkpointing, lambda *choice: needed(*choice) <= available
+    )
 
     ids = batch_of(corpus.train[: o.micro_batch_size], device)[0]
     with autocast(device, dtype):
