@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import gc
 import io
 import math
 import os
@@ -407,6 +408,8 @@ def train(
 def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
     """Write the student's files, then measure the quantised student as read back from its file."""
     o = s.options
+    s.student.zero_grad(set_to_none=True)
+    gc.collect()  # moments, which cycles hold: files need the memory
     paths = output_paths(o, s.student)
     windows = pick_windows(s.corpus.validation, math.ceil(o.final_tokens / o.seq_len))
     reference = Reference(s.teacher, windows, s.device, s.dtype)
