@@ -374,8 +374,7 @@ def main(argv: list[str] | None = None) -> int:
             parse_options(o.task.split())
             quick_look(o, prepare_folder(o.output_dir), argv)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.code
+        return e.tell()
     except KeyboardInterrupt:
         print("interrupted; finished runs are kept and the same command goes on", file=sys.stderr)
         return 130

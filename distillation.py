@@ -9,7 +9,6 @@ What the run is made of is in ``lowbit/``; the optimiser in ``hybrid_optimizatio
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import gc
 import io
@@ -18,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -513,7 +512,7 @@ class Printer:
         except OSError:  # or of a full disk
             self.closed = True
             # What is left in the buffer would raise once more at the end of the process.
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -527,8 +526,7 @@ def main(argv: list[str] | None = None) -> int:
         saving = True
         save(setup, rows, say)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.code
+        return e.tell()
     except OSError as e:
         print(f"error: cannot write {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
         return 1

@@ -1,12 +1,14 @@
 """What a distillation run is made of: text, models, quantisers, losses and files."""
 
+import sys
+
 __version__ = "0.1.0"
 
 
 class UserError(Exception):
     """A mistake in what the user asked for: one line that says what, where and what to do.
 
-    Command-line entry points print it on stderr and exit with ``code``.
+    Command-line entry points `tell` it and exit with ``code``.
     """
 
     code = 2
@@ -14,8 +16,19 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # a path may hold line breaks
 
+    def tell(self) -> int:
+        """Say it on stderr. Returns the exit code."""
+        print(f"error: {self}", file=sys.stderr)
+        return self.code
+
 
 class RunFailed(UserError):
     """A run that started properly and could not go on."""
 
     code = 1
+
+
+def first_line(e: BaseException) -> str:
+    """What another package's error says, for a line of ours; its type where it says nothing."""
+    lines = str(e).strip().splitlines()
+    return lines[0][:200] if lines else type(e).__name__

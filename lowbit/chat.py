@@ -15,14 +15,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from lowbit import UserError
+from lowbit import UserError, first_line
 from lowbit.export import find_packed
 from lowbit.extras import require
 from lowbit.generate import stream
 from lowbit.models.interface import LanguageModel
 from lowbit.models.teacher import load_teacher
-from lowbit.text.self_written import end_ids
-from lowbit.text.tokenizers import Message, Tokenizer
+from lowbit.options import Parser, number
+from lowbit.text.tokenizers import Message, TeacherTokenizer, Tokenizer, end_ids
 
 CONTEXT = 4096  # tokens of a conversation, at most, in llama.cpp
 TOP_K = 40
@@ -38,22 +38,28 @@ class Engine(Protocol):
         the engine gives none."""
 
 
+def open_server(path: Path, context: int, threads: int | None) -> Any:
+    """A GGUF file in `xllamacpp`'s server, which says nothing by itself. UserError where it cannot
+    be loaded."""
+    package = require("xllamacpp", "chat")
+    params = package.CommonParams()
+    params.model.path, params.n_ctx, params.warmup = str(path), context, False
+    params.verbosity, params.use_jinja = -1, True
+    if threads:
+        params.cpuparams.n_threads = threads
+    try:
+        return package.Server(params)
+    except Exception as e:  # the package's own errors
+        raise UserError(f"{path} cannot be loaded by llama.cpp: {first_line(e)}") from e
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp, which renders the chat template that the file holds."""
 
     name = "llama.cpp"
 
     def __init__(self, path: Path, threads: int | None) -> None:
-        package = require("xllamacpp", "chat")
-        params = package.CommonParams()
-        params.model.path, params.n_ctx, params.warmup = str(path), CONTEXT, False
-        params.verbosity, params.use_jinja = -1, True
-        if threads:
-            params.cpuparams.n_threads = threads
-        try:
-            self.server = package.Server(params)
-        except Exception as e:  # the package's own errors
-            raise UserError(f"{path} cannot be loaded by llama.cpp: {e}") from e
+        self.server = open_server(path, CONTEXT, threads)
 
     def answer(
         self, messages: Sequence[Message], o: argparse.Namespace, say: Callable[[str], bool]
@@ -75,9 +81,9 @@ class LlamaCpp:
         try:
             self.server.handle_chat_completions(asked, take)
         except Exception as e:  # the package's own errors
-            problem.append(str(e))
+            problem.append(first_line(e))
         if problem:
-            raise UserError(f"llama.cpp: {problem[0].splitlines()[0]}")
+            raise UserError(f"llama.cpp: {problem[0]}")
 
 
 class Torch:
@@ -90,16 +96,12 @@ class Torch:
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """By the chat template; without one, what was said last, to be continued."""
-        wrapped = getattr(self.tokenizer, "wrapped", None)
-        if wrapped is None or not wrapped.chat_template:
-            return [int(i) for i in self.tokenizer.encode(messages[-1]["content"])]
-        try:
-            text = wrapped.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as e:  # a template may ask for anything
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise UserError(f"the chat template refuses this: {reason}") from e
+        text = messages[-1]["content"]
+        if isinstance(self.tokenizer, TeacherTokenizer) and self.tokenizer.has_template:
+            try:
+                text = self.tokenizer.rendered(messages, ask=True)
+            except Exception as e:
+                raise UserError(f"the chat template refuses this: {first_line(e)}") from e
         return [int(i) for i in self.tokenizer.encode(text)]
 
     def answer(
@@ -222,8 +224,6 @@ def converse(engine: Engine, o: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from lowbit.options import Parser, number
-
     parser = Parser(prog="apl-chat", description=__doc__, allow_abbrev=False)
     count = number(int, 1)
     parser.add_argument("student", help="a run's output folder, a .gguf or .npz file, or a teacher")
@@ -248,8 +248,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             messages = [{"role": "system", "content": o.system}] if o.system else []
             talk(engine, [*messages, {"role": "user", "content": o.prompt}], o)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.code
+        return e.tell()
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from lowbit import UserError
 from lowbit.files.gguf_file import TYPES, Exported, export_gguf
 from lowbit.files.packed import load_packed, read_packed
 from lowbit.models.transformers_lm import TransformersLM, save_folder
+from lowbit.options import Parser
 
 
 def find_packed(student: str) -> Path:
@@ -61,7 +61,7 @@ def export(student: str, kind: str, output: str | None, type_: str | None) -> li
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="apl-export", description=__doc__)
+    parser = Parser(prog="apl-export", description=__doc__, allow_abbrev=False)
     parser.add_argument("student", help="a run's output folder, or its .npz file")
     parser.add_argument("--to", choices=["gguf", "hf"], required=True, help="the form")
     parser.add_argument("--output", metavar="PATH", help="default: beside the .npz")
@@ -77,8 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in export(o.student, o.to, o.output, o.type):
             print(line)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return e.code
+        return e.tell()
     return 0
 
 

@@ -84,8 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("--tokens must be at least 1 and --temperature at least 0")
         model, tokenizer = load_teacher(args.model)
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.tell()
     ids = generate(
         model,
         tokenizer.encode(args.prompt),

@@ -11,6 +11,7 @@ from families import tiny_net, tiny_tokenizer
 
 import distillation
 from lowbit import UserError, export
+from lowbit.chat import open_server
 from lowbit.files import gguf_file
 from lowbit.files.gguf_file import TYPES, choose_type, export_gguf
 from lowbit.files.packed import Packed, Stored, load_packed, read_packed, save_packed
@@ -147,11 +148,8 @@ LETTER = 70  # a token that is a letter: the engine reports nothing after half a
 def next_tokens(path: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
     """What the engine says of the token after each prompt: {id: log-probability}, of the most
     likely 200, before the bias that makes it go on with a letter."""
-    engine = pytest.importorskip("xllamacpp")
-    p = engine.CommonParams()
-    p.model.path = str(path)
-    p.n_ctx, p.cpuparams.n_threads, p.warmup, p.verbosity = 256, 2, False, -1
-    server = engine.Server(p)
+    pytest.importorskip("xllamacpp")
+    server = open_server(path, 256, threads=2)
     found = []
     for ids in prompts:
         answer = server.handle_completions(

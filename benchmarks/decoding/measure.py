@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from lowbit.chat import open_server  # noqa: E402
 from lowbit.files.gguf_file import export_gguf  # noqa: E402
 from lowbit.files.packed import Packed, Stored  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
@@ -84,13 +85,6 @@ def in_float32(found: Packed) -> Packed:
     return Packed(found.config, found.tokenizer, found.notes, tensors)
 
 
-def open_server(path: Path, threads: int) -> Any:
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(path), 512, -1
-    params.cpuparams.n_threads = threads
-    return xllamacpp.Server(params)
-
-
 def tokens_a_second(server: Any, tokens: int) -> float:
     answer = server.handle_completions(
         {
@@ -115,7 +109,7 @@ def measure(name: str, rounds: int, tokens: int, threads: int) -> dict[str, Any]
                         None if kind == "f32" else kind)  # fmt: skip
         sizes = {kind: path.stat().st_size for kind, path in files.items()}
         del found
-        servers = {kind: open_server(path, threads) for kind, path in files.items()}
+        servers = {kind: open_server(path, 512, threads) for kind, path in files.items()}
         speeds: dict[str, list[float]] = {kind: [] for kind in files}
         for n in range(rounds + 1):
             for kind, server in servers.items():

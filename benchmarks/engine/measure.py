@@ -24,6 +24,7 @@ import xllamacpp
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from lowbit.chat import open_server  # noqa: E402
 from lowbit.export import find_packed  # noqa: E402
 from lowbit.generate import generate  # noqa: E402
 from lowbit.models.teacher import load_teacher  # noqa: E402
@@ -40,13 +41,6 @@ PROMPTS = (
     "To open a file,",
 )
 TOKENS = 32
-
-
-def open_server(path: Path) -> Any:
-    params = xllamacpp.CommonParams()
-    params.model.path, params.n_ctx, params.verbosity = str(path), 512, -1
-    params.cpuparams.n_threads = 2
-    return xllamacpp.Server(params)
 
 
 def engine_losses(server: Any, ids: list[int]) -> np.ndarray:
@@ -110,7 +104,7 @@ def main() -> None:
             path = Path(folder, f"{kind}.gguf")
             words = ["-m", "lowbit.export", str(packed), "--to", "gguf", "--type", kind]
             made = measured([*words, "--output", str(path)], output=None)
-            server = open_server(path)
+            server = open_server(path, 512, threads=2)
             theirs = np.stack([engine_losses(server, w.tolist()) for w in windows])
             both = np.isfinite(theirs)
             ratio = math.exp(theirs[both].mean() - ours[both].mean())

@@ -25,11 +25,15 @@ def prepare_folder(folder: str | os.PathLike, flag: str = "--output_dir") -> Pat
 
 
 def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> Path:
-    """Write a temporary file beside ``path``, flush it to disk, then rename it over ``path``."""
+    """Write a temporary file beside ``path``, flush it to disk, then rename it over ``path``.
+
+    write is given the file; its ``name`` is for those who open it themselves.
+    """
     target = Path(path)
     fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(fd)
     try:
-        with os.fdopen(fd, "wb") as f:
+        with open(name, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())

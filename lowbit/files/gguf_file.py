@@ -17,21 +17,21 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from lowbit import UserError
 from lowbit.extras import require
+from lowbit.files.atomic import atomic_write
 from lowbit.files.packed import Packed, Stored
 from lowbit.text import pre_tokenizers
 
-#: ``model_type`` -> architecture in GGUF.
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+#: Kinds of model (``model_type``), whose architectures have the same names in GGUF.
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 #: Type -> (weights a block, what it holds exactly).
 TYPES = {
     "tq2_0": (256, ("ternary",)),
@@ -153,25 +153,19 @@ def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None)
     check_exportable(found.config, found.tokenizer)
     config = found.config["transformers"]
     chosen, reason = choose_type(found, kind)
-    target = Path(path)
-    try:
-        fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-        os.close(fd)
-    except OSError as e:
-        raise UserError(f"cannot write {target}: {e.strerror}") from e
-    try:
-        writer = gguf.GGUFWriter(name, ARCHITECTURES[config["model_type"]])
-        parts = fill(writer, gguf, found, chosen)
-        writer.write_header_to_file()
+    writer = gguf.GGUFWriter(None, config["model_type"])
+    parts = fill(writer, gguf, found, chosen)
+
+    def write(f: IO[bytes]) -> None:
+        writer.write_header_to_file(Path(f.name))
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        os.chmod(name, 0o644)
-        os.replace(name, target)
+
+    try:
+        target = atomic_write(path, write)
     except OSError as e:
-        raise UserError(f"cannot write {target}: {e.strerror}") from e
-    finally:
-        Path(name).unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {e.strerror}") from e
     return Exported(target, parts, reason, target.stat().st_size)
 
 
@@ -187,9 +181,8 @@ def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
             f"a model of type {values.get('model_type')!r} cannot be exported to GGUF here; "
             f"tried are {', '.join(ARCHITECTURES)}"
         )
-    heads = values["num_attention_heads"]
-    inner = heads * (values.get("head_dim") or values["hidden_size"] // heads)
-    odd = [n for n in (values["hidden_size"], values["intermediate_size"], inner) if n % 32]
+    heads, _, size = head_shape(values)
+    odd = [n for n in (values["hidden_size"], values["intermediate_size"], heads * size) if n % 32]
     if odd:
         raise UserError(f"rows of {odd[0]} weights fit no block of GGUF (32 divide them)")
     rotary(values)
@@ -230,20 +223,15 @@ def encoded(name: str, stored: Stored, chosen: str) -> tuple[np.ndarray, str]:
     if stored.scale.max() > FLOAT16_MAX:
         raise UserError(f"{name}: a scale of {stored.scale.max():g} is beyond float16")
     kind = chosen if stored.kind in ("ternary", "1bit") else "q8_0"
-    size = TYPES.get(kind, (32,))[0]
-    if stored.values.shape[1] % size:
-        return stored.weight(), "F32"
     return ENCODERS[kind](stored), kind.upper()
 
 
 def ordered(name: str, stored: Stored, config: dict[str, Any]) -> Stored:
     """Rows of queries and keys as the architecture llama has them: of each head the two halves of
     a rotary pair side by side."""
-    heads = {
-        "q_proj": config["num_attention_heads"],
-        "k_proj": config.get("num_key_value_heads") or config["num_attention_heads"],
-    }
-    count = next((n for part, n in heads.items() if f".{part}." in name), None)
+    heads, key_heads, _ = head_shape(config)
+    parts = {"q_proj": heads, "k_proj": key_heads}
+    count = next((n for part, n in parts.items() if f".{part}." in name), None)
     if config["model_type"] != "llama" or count is None:
         return stored
 
@@ -259,20 +247,26 @@ def ordered(name: str, stored: Stored, config: dict[str, Any]) -> Stored:
 
 def add_shape(writer: Any, config: dict[str, Any]) -> None:
     """The architecture's numbers."""
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
+    heads, key_heads, size = head_shape(config)
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_head_count_kv(key_heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rotary(config))
     writer.add_rope_dimension_count(size)
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_vocab_size(config["vocab_size"])
+
+
+def head_shape(config: dict[str, Any]) -> tuple[int, int, int]:
+    """Heads of queries, heads of keys and values, and a head's size."""
+    heads = config["num_attention_heads"]
+    size = config.get("head_dim") or config["hidden_size"] // heads
+    return heads, config.get("num_key_value_heads") or heads, size
 
 
 def rotary(config: dict[str, Any]) -> float:

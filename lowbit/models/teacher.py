@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lowbit import UserError
+from lowbit import UserError, first_line
 from lowbit.extras import require
 from lowbit.files.checkpoint import load_float32
 from lowbit.files.packed import load_packed
@@ -226,8 +226,3 @@ def checked(model: TransformersLM, origin: str) -> TransformersLM:
             raise UserError(f"--teacher: {origin}: {name} is missing or not finite")
     check_head(model.eval())
     return model
-
-
-def first_line(e: BaseException) -> str:
-    lines = str(e).strip().splitlines()
-    return lines[0][:200] if lines else type(e).__name__

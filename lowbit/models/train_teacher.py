@@ -151,8 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         save_packed(out, model, tokenizer.describe(), plain="float16")
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.tell()
     record = {
         "validation_loss": best,
         "text": corpus.fingerprint,

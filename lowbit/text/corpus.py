@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -130,8 +129,7 @@ def digest_of(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> str:
         stats = [(name, path.resolve(), path.stat()) for name, path in files]
         key += [[name, str(path), s.st_size, s.st_mtime_ns] for name, path, s in stats]
     else:
-        root = Path(sysconfig.get_path("stdlib"))
-        key += [sys.version, str(root), root.stat().st_mtime_ns]
+        key.append(sources.stdlib_key())
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 
 

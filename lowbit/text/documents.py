@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowbit import UserError
+from lowbit import UserError, first_line
 from lowbit.extras import require
 from lowbit.text.tokenizers import Message
 
@@ -68,11 +68,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "apl-hybrid")
 
 
+def stdlib_key() -> str:
+    """Another one, another text of `stdlib_documents`."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return f"1 {sys.version} {root} {root.stat().st_mtime_ns}"
+
+
 def cached_stdlib_documents() -> list[Document]:
     """`stdlib_documents`, parsed once for each interpreter (it takes seconds)."""
-    root = Path(sysconfig.get_path("stdlib"))
-    key = f"1 {sys.version} {root} {root.stat().st_mtime_ns}"
-    name = f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    name = f"stdlib-{hashlib.sha256(stdlib_key().encode()).hexdigest()[:16]}.json"
     path = cache_folder() / name
     try:
         return [(str(n), str(t)) for n, t in json.loads(path.read_text("utf-8"))]
@@ -199,8 +203,7 @@ def _rows(name: str, path: Path) -> Iterator[Document]:
     except (OSError, UserError):
         raise
     except Exception as e:  # the library's own errors
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(f"--data: {path} is damaged, or no parquet file: {reason}") from e
+        raise UserError(f"--data: {path} is damaged, or no parquet file: {first_line(e)}") from e
 
 
 EXPECTED = '{"text": "..."} or {"messages": [{"role": "...", "content": "..."}, ...]}'

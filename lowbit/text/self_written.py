@@ -19,7 +19,7 @@ import torch
 from lowbit import UserError
 from lowbit.models.interface import LanguageModel
 from lowbit.text.documents import cache_folder
-from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer
+from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, end_ids
 
 BATCH = 32  # documents at a time
 LENGTH = 512  # tokens of a document, at most
@@ -29,14 +29,11 @@ MARK = "\u241edocument\u241e"  # stands in a template where the user speaks
 def chat_turns(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids of a chat template up to where the user speaks, and those between the mark that ends
     the user's turn and the model's answer; both empty where there is no such template."""
-    wrapped = getattr(tokenizer, "wrapped", None)
-    if wrapped is None or not wrapped.chat_template:
+    if not isinstance(tokenizer, TeacherTokenizer) or not tokenizer.has_template:
         return [], []
     try:
-        whole = wrapped.apply_chat_template(
-            [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=True
-        )
-    except Exception:  # a template may ask for anything
+        whole = tokenizer.rendered([{"role": "user", "content": MARK}], ask=True)
+    except Exception:
         return [], []
     before, found, after = whole.partition(MARK)
     then = [int(i) for i in tokenizer.encode(after)]
@@ -87,16 +84,6 @@ def write_batch(
         ids = torch.cat((ids, feed), 1)
     texts = [whole_text(tokenizer, row[:n]) for row, n in zip(ids.tolist(), stop, strict=True)]
     return texts, sum(stop)
-
-
-def end_ids(tokenizer: Tokenizer) -> set[int]:
-    """Ids that end what a model says: its end of text, and of a turn in a chat."""
-    if not isinstance(tokenizer, TeacherTokenizer):
-        return set()
-    wrapped = tokenizer.wrapped
-    turn = tokenizer.end_of_turn
-    ids = {wrapped.eos_token_id, wrapped.convert_tokens_to_ids(turn) if turn else None}
-    return {i for i in ids if i is not None}
 
 
 def whole_text(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lowbit import UserError
+from lowbit import UserError, first_line
 
 #: Marks, in ids of 32 bits, a token that is read but that no loss counts.
 UNCOUNTED = np.uint32(1 << 31)
@@ -104,18 +104,19 @@ class TeacherTokenizer:
         return np.asarray(ids, dtype=self._dtype)
 
     def encode_chat(self, name: str, messages: Sequence[Message]) -> np.ndarray:
-        if not self.wrapped.chat_template:
+        if not self.has_template:
             raise UserError(f"--data: {name} is a chat, but the teacher has no chat template")
         if not self.wrapped.is_fast:
             raise UserError(f"--data: {name} is a chat; that needs a tokenizer.json of the teacher")
         try:
-            text = self._rendered(messages)
+            text = self.rendered(messages)
             spans = self._answers(name, text, messages)
         except UserError:
             raise
-        except Exception as e:  # a template may ask for anything, and raise anything
-            reason = (str(e).splitlines() or [type(e).__name__])[0]
-            raise UserError(f"--data: {name}: the teacher's chat template refuses: {reason}") from e
+        except Exception as e:
+            raise UserError(
+                f"--data: {name}: the teacher's chat template refuses: {first_line(e)}"
+            ) from e
         found = self.wrapped(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -126,7 +127,13 @@ class TeacherTokenizer:
             counted |= (start <= starts) & (starts < end)
         return np.where(counted, ids, ids | UNCOUNTED)
 
-    def _rendered(self, messages: Sequence[Message], ask: bool = False) -> str:
+    @property
+    def has_template(self) -> bool:
+        return bool(self.wrapped.chat_template)
+
+    def rendered(self, messages: Sequence[Message], ask: bool = False) -> str:
+        """A chat as text; with ``ask`` up to where the assistant would speak. A template may ask
+        for anything, and raise anything."""
         return self.wrapped.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=ask
         )
@@ -139,7 +146,7 @@ class TeacherTokenizer:
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, after = self._rendered(messages[:n], True), self._rendered(messages[: n + 1])
+            before, after = self.rendered(messages[:n], True), self.rendered(messages[: n + 1])
             start = len(before)
             end = len(after.rstrip()) if text.startswith(after) else -1
             if end < 0:
@@ -161,8 +168,8 @@ class TeacherTokenizer:
         """The special token that the chat template puts after what the assistant says."""
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\u241e"}]
         try:
-            rest = self._rendered(turns).partition("\u241e")[2]
-        except Exception:  # a template may ask for anything
+            rest = self.rendered(turns).partition("\u241e")[2]
+        except Exception:
             return None
         special = [t.content for t in self.wrapped.added_tokens_decoder.values() if t.special]
         found = [(rest.find(t), t) for t in special if t in rest]
@@ -174,6 +181,15 @@ class TeacherTokenizer:
     def describe(self) -> dict[str, Any]:
         """With the text of the files that the library saves a tokenizer as."""
         return {"name": self.name, "vocab_size": self.vocab_size, "files": saved_files(self)}
+
+
+def end_ids(tokenizer: Tokenizer) -> set[int]:
+    """Ids that end what a model says: its end of text, and of a turn in a chat."""
+    if not isinstance(tokenizer, TeacherTokenizer):
+        return set()
+    wrapped, turn = tokenizer.wrapped, tokenizer.end_of_turn
+    ids = {wrapped.eos_token_id, wrapped.convert_tokens_to_ids(turn) if turn else None}
+    return {i for i in ids if i is not None}
 
 
 def saved_files(tokenizer: TeacherTokenizer) -> dict[str, str]:
