@@ -16,8 +16,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,14 @@ from hybrid_optimization import (
     HybridOptimizationManager,
     HybridTrainingConfig,
 )
-from lowbit import RunFailed, UserError
+from lowbit import RunFailed, UserError, first_line
 from lowbit.export import export
 from lowbit.extras import require
 from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.files.checkpoint import save_float32
 from lowbit.files.gguf_file import check_exportable
 from lowbit.files.packed import load_packed, save_packed
+from lowbit.files.saved_run import Checkpoints, Saved, locked
 from lowbit.generate import generate
 from lowbit.models.decoder import CausalLM
 from lowbit.models.interface import LanguageModel, recomputed
@@ -57,6 +58,7 @@ from lowbit.quantization.layers import (
     strength,
 )
 from lowbit.report import epoch_line, model_card, plot_metrics, summary_lines, write_csv
+from lowbit.signals import Stop, Stopped
 from lowbit.text.corpus import Corpus, load_corpus
 from lowbit.text.sampler import StratifiedSampler
 from lowbit.text.tokenizers import Tokenizer
@@ -72,6 +74,17 @@ from lowbit.training.preparation import (
     quantize,
     settle,
 )
+from lowbit.training.resume import (
+    MAX_CONSECUTIVE_SKIPS,
+    Finished,
+    Keeper,
+    as_tensors,
+    print_of,
+    refuse_others,
+    refuse_unfinished,
+    resume_options,
+    settings_of,
+)
 from lowbit.training.validation import (
     Best,
     Reference,
@@ -82,7 +95,6 @@ from lowbit.training.validation import (
     pick_windows,
 )
 
-MAX_CONSECUTIVE_SKIPS = 20
 SAMPLE_PROMPT = {"byte": "Return the ", "token": "Return the"}
 SAMPLE_TOKENS = {"byte": 200, "token": 60}
 
@@ -110,8 +122,24 @@ class Setup:
     def max_steps(self) -> int:
         return self.steps_per_epoch * self.options.epochs
 
+    def about(self) -> dict[str, Any]:
+        """What must be the same when the run goes on."""
+        return {
+            "settings": settings_of(self.options),
+            "text": self.corpus.fingerprint,
+            "teacher": print_of(self.teacher),
+        }
 
-def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None) -> Setup:
+
+def set_up(
+    o: argparse.Namespace,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    claim: Callable[[], None] = lambda: None,
+    calibrates: bool = True,
+) -> Setup:
+    """Load and make what a run needs. claim: called when the output folder is there and before
+    anything is written to it; calibrates: False where the student's weights are to be loaded."""
     device = choose_device(o.device)
     torch.manual_seed(o.seed)
     if device.type == "cpu":
@@ -127,6 +155,7 @@ def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None
     if o.seq_len > limit:
         raise UserError(f"--seq_len {o.seq_len}: the teacher reads at most {limit} tokens")
     prepare_folder(o.output_dir)
+    claim()
     for kind, path in output_paths(o, teacher).items():
         prepare_folder(path.parent, "--metrics_out" if o.metrics_out else "--output_dir")
         if kind == "transformers":
@@ -152,9 +181,10 @@ def set_up(o: argparse.Namespace, say: Callable[[str], None] = lambda line: None
     student = make_student(o, teacher).to(device)
     if o.qat:
         same = student.describe() == teacher.describe()
-        original = teacher if same or not o.calibrate else copy.deepcopy(student)
+        calibrates = calibrates and o.calibrate
+        original = teacher if same or not calibrates else copy.deepcopy(student)
         quantize(o, student)
-        if o.calibrate:
+        if calibrates:
             calibrate_student(o, student, original, corpus)
     if isinstance(teacher, TransformersLM) and dtype:
         hold_linears(teacher, dtype)
@@ -295,6 +325,221 @@ def make_step(
 # ------------------------------------------------------------------------------------- the run
 
 
+class Run:
+    """A training as it goes on: all that its next step depends on, and what it has to tell.
+
+    A checkpoint holds the student's weights, the optimiser (with the auxiliary network, clusters
+    and regions), the sampler, random states, the metrics and the best weights seen.
+    """
+
+    def __init__(
+        self,
+        s: Setup,
+        say: Callable[[str], None],
+        *,
+        cluster_batches: bool = False,
+        saved: Saved | None = None,
+    ) -> None:
+        o = s.options
+        self.s, self.t = s, 0
+        self.clusters = self.everything = np.zeros(len(s.corpus.train), dtype=int)
+        self.manager = make_manager(s) if o.hybrid else None
+        clustered = cluster_batches or (self.manager is not None and o.use_clustering)
+        if clustered and saved is None:
+            clusterer = self.manager or make_manager(s)
+            self.clusters = clusterer.setup_data_clustering(s.corpus.train)
+        if self.manager:
+            parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
+            if o.use_auxiliary_nn:
+                parts += " and auxiliary NN guidance" if parts else " with auxiliary NN guidance"
+            say(f"Initialized hybrid optimization{parts}")
+
+        quick = pick_windows(s.corpus.validation, math.ceil(o.quick_tokens / o.seq_len))
+        self.reference = Reference(s.teacher, quick, s.device, s.dtype)
+        self.best: Best | None = None
+        self.start = math.nan
+        if self.manager and o.qat and o.student_init == "teacher":
+            self.best = Best(s.student, o.output_dir)  # the start is good: never end behind it
+            if saved is None:
+                self.start = self.reference.validate(s.student).loss
+                self.best.see(self.start)
+        baseline = None if self.manager else Baseline(o, s.student, s.max_steps)
+        self.baseline = baseline
+        self.optimizer: HybridOptimizationManager | Baseline = self.manager or baseline  # type: ignore
+        self._sample_by(self.everything)
+        self.codes = snapshot_codes(s.student) if saved is None else {}
+        self.results: list[StepResult] = []  # of the epoch so far
+        self.picked: list[np.ndarray] = []  # its windows
+        self.rows: list[dict[str, Any]] = []
+        self.resumed = self.rolled_back = 0
+        self._before = 0.0  # seconds, of the processes before this one
+        self._started = time.perf_counter()
+        if saved is not None:
+            self.load(saved)
+            self.resumed += 1
+            say(f"Resumed at step {self.t} of {s.max_steps}")
+        self._step = make_step(s, self.optimizer, self.clusters)
+
+    def _sample_by(self, labels: np.ndarray) -> None:
+        self.balanced = labels is self.clusters and bool(labels.any())
+        self.sampler = StratifiedSampler(labels, self.s.options.batch_size, self.s.options.seed)
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._started
+
+    @property
+    def skips(self) -> int:
+        return self.manager.consecutive_skips if self.manager else 0
+
+    def step(self) -> StepResult:
+        """One training step."""
+        s, o = self.s, self.s.options
+        epoch, place = divmod(self.t, s.steps_per_epoch)
+        if not place and epoch == o.clustering_warmup_epochs and self.clusters.any():
+            self._sample_by(self.clusters)
+        left = (o.samples_per_epoch or len(s.corpus.train)) - place * o.batch_size
+        indices = self.sampler.next_batch(min(o.batch_size, left))
+        self.results.append(self._step(self.t, indices))
+        self.picked.append(indices)
+        self.t += 1
+        return self.results[-1]
+
+    def end_epoch(self) -> dict[str, Any]:
+        """Validate where it is due; the epoch's metrics, a row of the CSV."""
+        s, o, results = self.s, self.s.options, self.results
+        epoch = self.t // s.steps_per_epoch - 1
+        finite = [r for r in results if math.isfinite(r.loss)]
+        row: dict[str, Any] = {"epoch": epoch, "step": self.t}
+        row["train_loss"] = float(np.mean([r.loss for r in finite])) if finite else math.nan
+        row["train_ce"] = float(np.mean([r.ce for r in finite])) if finite else math.nan
+        kl = np.concatenate([r.kl for r in results])
+        row["train_kl"] = mean_of(kl)
+        if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
+            with self.baseline.averaged() if self.baseline else nullcontext():
+                found = self.reference.validate(s.student)
+            row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
+            row["val_kl"], row["val_loss_teacher"] = found.kl, self.reference.teacher_loss
+            if self.best:
+                self.best.see(found.loss)
+        row["lr"] = float(np.mean([r.lr for r in results]))
+        if self.manager:
+            row["lr_multiplier"] = float(np.mean([r.control["lr_multiplier"] for r in results]))
+            row["trust_radius"] = self.manager.trust_radius
+            row["activation_rate"] = float(np.mean([r.control["active_share"] for r in results]))
+        if o.qat:
+            row["code_flips"] = count_flips(s.student, self.codes)
+            row["quant_strength"] = quant_strength(s, self.t - 1)
+        if self.manager and o.use_clustering:
+            where = self.clusters[np.concatenate(self.picked)]
+            for k in range(o.data_clusters):
+                mine = kl[where == k]
+                row[f"kl_cluster_{k}"] = mean_of(mine) if len(mine) else ""
+        row["median_step_seconds"] = float(np.median([r.seconds for r in results]))
+        row["seconds"] = self.seconds
+        self.rows.append(row)
+        self.results, self.picked = [], []
+        return row
+
+    def finish(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """Give the student the weights to be kept; the run's summary."""
+        if self.baseline:
+            self.baseline.use_averaged()
+        if self.best:
+            if self.rows[-1]["val_loss_quantized"] > self.best.loss:
+                self.best.restore()
+            say(
+                f"Validation loss of the quantized student: {self.start:.4f} before training, "
+                f"{self.best.loss:.4f} after"
+            )
+        summary = self.manager.get_summary() if self.manager else {"total_steps": self.t}
+        summary["final_loss"] = self.rows[-1]["train_loss"]
+        return {**summary, "resumed": self.resumed, "rollbacks": self.rolled_back}
+
+    # ------------------------------------------------------------------------ saved and loaded
+
+    def about(self) -> dict[str, Any]:
+        return self.s.about()
+
+    def writers(self) -> dict[str, Callable[[Any], Any]]:
+        """What writes each of a checkpoint's files."""
+        student = self.s.student
+        frozen = {p.data_ptr() for p in student.parameters() if not p.requires_grad}
+        weights = {k: v for k, v in student.state_dict().items() if v.data_ptr() not in frozen}
+        state = {
+            "t": self.t,
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "balanced": self.balanced,
+            "clusters": self.clusters,
+            "codes": self.codes,
+            "results": [vars(r) for r in self.results],
+            "picked": self.picked,
+            "rows": self.rows,
+            "start": self.start,
+            "best": self.best.loss if self.best else math.nan,
+            "counts": [self.resumed, self.rolled_back],
+            "seconds": self.seconds,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if self.s.device.type == "cuda" else [],
+        }
+        found: dict[str, Callable[[Any], Any]] = {
+            "student.pt": lambda f: torch.save(weights, f),
+            "state.pt": lambda f: torch.save(as_tensors(state), f),
+        }
+        if self.best:
+            found["best.bin"] = self.best.write_to
+        return found
+
+    def load(self, saved: Saved) -> None:
+        """Become what a checkpoint of the same run holds. UserError where it does not fit."""
+        s = self.s
+        weights, state = saved.load("student.pt"), saved.load("state.pt")
+        try:
+            unknown = s.student.load_state_dict(weights, strict=False).unexpected_keys
+            if unknown:
+                raise KeyError(unknown[0])
+            self.t = int(state["t"])
+            if self.manager:
+                self.manager.load_state_dict(state["optimizer"], s.student)
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
+            self.clusters = state["clusters"].numpy().copy()
+            self._sample_by(self.clusters if state["balanced"] else self.everything)
+            self.sampler.load_state_dict(state["sampler"])
+            self.codes = {k: v.clone() for k, v in state["codes"].items()}
+            self.results = [
+                StepResult(**{**r, "kl": r["kl"].numpy().copy()}) for r in state["results"]
+            ]
+            self.picked = [x.numpy().copy() for x in state["picked"]]
+            self.rows = state["rows"]
+            self.start = state["start"]
+            self.resumed, self.rolled_back = state["counts"]
+            self._before, self._started = state["seconds"], time.perf_counter()
+            torch.set_rng_state(state["random"])
+            for i, x in enumerate(state["random_cuda"]):
+                torch.cuda.set_rng_state(x, i)
+            if self.best:
+                self.best.read_from(saved.folder / "best.bin", state["best"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as e:
+            raise UserError(
+                f"{saved.folder} does not fit this run: {type(e).__name__}: {first_line(e)}"
+            ) from e
+        self._step = make_step(s, self.optimizer, self.clusters)
+
+    def back_off(self, factor: float) -> None:
+        """Go on more carefully, after a rollback."""
+        self.rolled_back += 1
+        if self.manager:
+            self.manager.back_off(factor)
+
+
+def mean_of(values: np.ndarray) -> float:
+    """The mean of those that are numbers; of none, not a number."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
 def train(
     s: Setup,
     say: Callable[[str], None],
@@ -302,110 +547,51 @@ def train(
     cluster_batches: bool = False,
     bar: bool = True,
     after_epoch: Callable[[float], None] = lambda share: None,
+    keeper: Keeper | None = None,
+    saved: Saved | None = None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All epochs. Returns the metric rows (one an epoch) and the summary.
 
     cluster_batches gives a run without --hybrid the cluster-balanced batches (for comparisons);
-    bar shows progress on stderr; after_epoch is told what share of the run is done.
+    bar shows progress on stderr; after_epoch is told what share of the run is done; keeper saves
+    the run as it goes on; saved: a checkpoint to go on from.
     """
-    o = s.options
-    everything = np.zeros(len(s.corpus.train), dtype=int)
-    clusters = everything
-    manager = make_manager(s) if o.hybrid else None
-    if cluster_batches or (manager and o.use_clustering):
-        clusterer = manager or make_manager(s)
-        clusters = clusterer.setup_data_clustering(s.corpus.train)
-    if manager:
-        parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
-        if o.use_auxiliary_nn:
-            parts += " and auxiliary NN guidance" if parts else " with auxiliary NN guidance"
-        say(f"Initialized hybrid optimization{parts}")
-
-    quick = pick_windows(s.corpus.validation, math.ceil(o.quick_tokens / o.seq_len))
-    reference = Reference(s.teacher, quick, s.device, s.dtype)
-    best = None
-    if manager and o.qat and o.student_init == "teacher":  # the start is good: never end behind it
-        best = Best(s.student, o.output_dir)
-        best.see(reference.validate(s.student).loss)
-        start = best.loss
-    optimizer = manager or Baseline(o, s.student, s.max_steps)
-    baseline = optimizer if isinstance(optimizer, Baseline) else None
-    step = make_step(s, optimizer, clusters)
-    sampler = StratifiedSampler(everything, o.batch_size, o.seed)
-    codes = snapshot_codes(s.student)
-    rows: list[dict[str, Any]] = []
-    started = time.perf_counter()
-    t = 0
-    with tqdm(
-        total=s.max_steps, unit="step", file=sys.stderr, leave=False, disable=not bar
-    ) as progress:
-        for epoch in range(o.epochs):
-            if epoch == o.clustering_warmup_epochs and clusters.any():
-                sampler = StratifiedSampler(clusters, o.batch_size, o.seed)
-            results, picked = [], []
-            left = o.samples_per_epoch or len(s.corpus.train)
-            for _ in range(s.steps_per_epoch):
-                indices = sampler.next_batch(min(o.batch_size, left))
-                left -= len(indices)
-                results.append(step(t, indices))
-                picked.append(indices)
-                t += 1
-                progress.update()
-                if manager and manager.consecutive_skips >= MAX_CONSECUTIVE_SKIPS:
-                    raise RunFailed(
-                        f"{MAX_CONSECUTIVE_SKIPS} steps in a row had a loss or "
-                        "gradient that is not finite; check the teacher and --data"
-                    )
-
-            finite = [r for r in results if math.isfinite(r.loss)]
-            row: dict[str, Any] = {"epoch": epoch, "step": t}
-            row["train_loss"] = float(np.mean([r.loss for r in finite]))
-            row["train_ce"] = float(np.mean([r.ce for r in finite]))
-            kl = np.concatenate([r.kl for r in results])
-            row["train_kl"] = float(np.nanmean(kl))
-            if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
-                with baseline.averaged() if baseline else nullcontext():
-                    found = reference.validate(s.student)
-                row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
-                row["val_kl"], row["val_loss_teacher"] = found.kl, reference.teacher_loss
-                if best:
-                    best.see(found.loss)
-            row["lr"] = float(np.mean([r.lr for r in results]))
-            if manager:
-                row["lr_multiplier"] = float(np.mean([r.control["lr_multiplier"] for r in results]))
-                row["trust_radius"] = manager.trust_radius
-                row["activation_rate"] = float(
-                    np.mean([r.control["active_share"] for r in results])
-                )
-            if o.qat:
-                row["code_flips"] = count_flips(s.student, codes)
-                row["quant_strength"] = quant_strength(s, t - 1)
-            if manager and o.use_clustering:
-                where = clusters[np.concatenate(picked)]
-                for k in range(o.data_clusters):
-                    mine = kl[where == k]
-                    row[f"kl_cluster_{k}"] = float(np.nanmean(mine)) if len(mine) else ""
-            row["median_step_seconds"] = float(np.median([r.seconds for r in results]))
-            row["seconds"] = time.perf_counter() - started
-            rows.append(row)
-            say(epoch_line(epoch, row))
-            after_epoch((epoch + 1) / o.epochs)
-    if baseline:
-        baseline.use_averaged()
-    if best:
-        if found.loss > best.loss:
-            best.restore()
-        say(
-            f"Validation loss of the quantized student: {start:.4f} before training, "
-            f"{best.loss:.4f} after"
-        )
-    summary = manager.get_summary() if manager else {"total_steps": t}
-    summary["final_loss"] = rows[-1]["train_loss"]
-    return rows, summary
+    run = Run(s, say, cluster_batches=cluster_batches, saved=saved)
+    if keeper and saved is None:
+        keeper.start(run)
+    with (
+        tqdm(
+            total=s.max_steps,
+            initial=run.t,
+            unit="step",
+            file=sys.stderr,
+            leave=False,
+            disable=not bar,
+        ) as progress,
+        keeper.stop.deferred() if keeper else nullcontext(),
+    ):
+        while run.t < s.max_steps:
+            result = run.step()
+            progress.update()
+            if run.manager and result.control["skipped"]:
+                if keeper:
+                    keeper.after_skip(run, result.loss, result.control["gradient_magnitude"])
+                    progress.n = run.t
+                elif run.skips >= MAX_CONSECUTIVE_SKIPS:
+                    raise RunFailed(f"{run.skips} steps in a row were not finite")
+            if run.results and run.t % s.steps_per_epoch == 0:
+                row = run.end_epoch()
+                say(epoch_line(row["epoch"], row))
+                after_epoch(run.t / s.max_steps)
+            if keeper:
+                keeper.after_step(run)
+    summary = run.finish(say)
+    return run.rows, summary
 
 
-def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> None:
-    """Write the student's files, then measure the quantised student as read back from its file."""
+def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> UserError | None:
+    """Write the student's files, then measure the quantised student as read back from its file.
+    Returns why its export failed, where all else is written."""
     o = s.options
     s.student.zero_grad(set_to_none=True)
     gc.collect()  # moments, which cycles hold: files need the memory
@@ -490,8 +676,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> No
     )
     for line in [*notes, *(f"Wrote {path}" for path in paths.values())]:
         say(line)
-    if problem:
-        raise problem
+    return problem
 
 
 class Printer:
@@ -516,24 +701,65 @@ class Printer:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(argv: list[str] | None = None) -> int:
-    say, saving = Printer(), False
-    try:
-        setup = set_up(parse_options(sys.argv[1:] if argv is None else argv), say)
-        rows, summary = train(setup, say)
-        for line in summary_lines(summary, hybrid=setup.options.hybrid):
+def run(argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None]) -> None:
+    """The whole command. ``at`` is told what a signal, or a full disk, leaves behind from then."""
+    o, saved = parse_options(argv), None
+    if o.resume is not None:
+        o, saved = resume_options(o, argv)
+    with ExitStack() as stack:
+
+        def claim() -> None:
+            stack.enter_context(locked(o.output_dir))
+            if saved is None:
+                refuse_unfinished(o.output_dir)
+
+        setup = set_up(o, say, claim=claim, calibrates=saved is None)
+        if saved:
+            refuse_others(saved, setup.about())
+            argv = saved.about["command"]
+        keeper = Keeper(
+            Checkpoints(o.output_dir, o.keep),
+            stop,
+            setup.steps_per_epoch,
+            setup.max_steps,
+            argv,
+            every=o.save_every,
+            say=say,
+        )
+        at(f"go on from the newest checkpoint with --resume {o.output_dir}")
+        rows, summary = train(setup, say, keeper=keeper, saved=saved)
+        for line in summary_lines(summary, hybrid=o.hybrid):
             say(line)
-        saving = True
-        save(setup, rows, say)
+        at(f"write the student's files with --resume {o.output_dir}")
+        problem = save(setup, rows, say)
+        keeper.checkpoints.remove()
+    if problem:
+        raise problem
+
+
+def main(argv: list[str] | None = None) -> int:
+    left = "no file was written"
+
+    def at(what: str) -> None:
+        nonlocal left
+        left = what
+
+    say = Printer()
+    try:
+        with Stop() as stop:
+            run(sys.argv[1:] if argv is None else argv, say, stop, at)
+    except Finished as e:
+        say(str(e))
     except UserError as e:
         return e.tell()
     except OSError as e:
-        print(f"error: cannot write {e.filename or ''}: {e.strerror or e}", file=sys.stderr)
+        what = f"cannot write {e.filename or ''}: {e.strerror or e}"
+        print(f"error: {what}; {left}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        told = "some files may be missing" if saving else "no file was written"
-        print(f"interrupted; {told}", file=sys.stderr)
-        return 130
+    except (Stopped, KeyboardInterrupt) as e:
+        if not getattr(e, "told", False):
+            print(f"interrupted; {left}", file=sys.stderr)
+        return getattr(e, "code", 130)
     return 0
 
 

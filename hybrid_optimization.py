@@ -26,6 +26,7 @@ import copy
 import math
 import re
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -53,6 +54,7 @@ MULTIPLIER_RANGE = (0.1, 10.0)
 RADIUS_RANGE = (1e-3, 1.0)
 MANY_SAMPLES = 20_000  # of more, clusters are found on a sample or in small batches
 GRAM_BUCKETS = 4096  # of hashed n-grams
+HISTORY = 10_000  # newest steps that a manager keeps the numbers of
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -292,6 +294,7 @@ class AuxiliaryNeuralNetwork(nn.Module):
         self.radius_center = 0.01
         self.optimizer = torch.optim.Adam(self.parameters(), lr=learning_rate)
         self._last: Tensor | None = None  # features of the newest prediction, (1, 6)
+        self.fallbacks = 0  # predictions that were not finite
 
     def normalize(self, features: Tensor) -> Tensor:
         """Raw features (B, 6) -> z-scores in [-3, 3]; not-a-number becomes 0."""
@@ -319,6 +322,7 @@ class AuxiliaryNeuralNetwork(nn.Module):
         self._last = features
         out = self(features)[0]
         if not bool(torch.isfinite(out).all()):
+            self.fallbacks += 1
             return 1.0, 0.0  # a broken network gives way to the plain rule
         low, high = MULTIPLIER_RANGE
         return min(max(10.0 ** float(out[0]), low), high), 0.5 * float(out[1])
@@ -392,6 +396,7 @@ class AuxiliaryNeuralNetwork(nn.Module):
             "optimizer": self.optimizer.state_dict(),
             "radius_center": self.radius_center,
             "last": self._last,
+            "fallbacks": self.fallbacks,
         }
 
     def load_training_state(self, state: dict) -> None:
@@ -399,6 +404,7 @@ class AuxiliaryNeuralNetwork(nn.Module):
         self.optimizer.load_state_dict(state["optimizer"])
         self.radius_center = state["radius_center"]
         self._last = state["last"]
+        self.fallbacks = state["fallbacks"]
 
 
 # --------------------------------------------------------------------------------- clustering
@@ -1346,9 +1352,12 @@ class HybridOptimizationManager:
         self.trust_radius = c.initial_trust_radius
         self.data_labels: np.ndarray | None = None
         self.parameter_labels: dict[str, int] = {}
-        self.metrics_history: list[dict[str, float]] = []
+        self.metrics_history: deque[dict[str, Any]] = deque(maxlen=HISTORY)
+        self.taken_steps = 0
         self.skipped_steps = 0
         self.consecutive_skips = 0
+        self._last_loss = float("nan")  # of the newest step taken
+        self._multipliers = self._active = 0.0  # sums over the steps taken
         self._model: nn.Module | None = None
         self._fast, self._slow = _Running(0.3), _Running(0.05)
         self._norm = _Running(0.05)
@@ -1510,7 +1519,6 @@ class HybridOptimizationManager:
             (value,) = self._mean_over_ranks(model, [value])
         magnitude = float(norm)
         if not math.isfinite(value) or not math.isfinite(magnitude):
-            self.skipped_steps += 1
             self.consecutive_skips += 1
             return self._record(value, 0.0, 1.0, 0.0, False, magnitude, 0.0, 1.0, skipped=True)
         self.consecutive_skips = 0
@@ -1535,7 +1543,7 @@ class HybridOptimizationManager:
         for group in self.constrained_opt.param_groups:
             group["lr"] = lr
         learns = c.use_auxiliary_nn and base > 0  # from a step that was taken
-        every_second = learns and len(self.metrics_history) % 2 == 0
+        every_second = learns and (self.taken_steps + self.skipped_steps) % 2 == 0
         measure = every_second and step < self.GUIDED * c.max_steps
         self.constrained_opt.step(
             radius_scale=self._share * 10.0**shift,
@@ -1643,6 +1651,13 @@ class HybridOptimizationManager:
             "skipped": skipped,
         }
         self.metrics_history.append(result)
+        if skipped:
+            self.skipped_steps += 1
+        else:
+            self.taken_steps += 1
+            self._last_loss = loss
+            self._multipliers += multiplier
+            self._active += share
         return result
 
     # ------------------------------------------------------------------- parameters and clusters
@@ -1739,24 +1754,34 @@ class HybridOptimizationManager:
     # --------------------------------------------------------------------------- summary and state
 
     def get_summary(self) -> dict[str, Any]:
-        """final_loss, metrics_history, trust_radius, total_steps, skipped_steps,
-        avg_lr_multiplier, constraint_activation_rate (share of cluster-steps that were cut)."""
-        taken = [m for m in self.metrics_history if not m["skipped"]]
-        n = max(1, len(taken))
+        """final_loss, metrics_history (of the newest HISTORY steps), trust_radius, total_steps,
+        skipped_steps, avg_lr_multiplier, constraint_activation_rate (share of cluster-steps that
+        were cut), fallback_steps (where the network's output was not finite)."""
+        n = max(1, self.taken_steps)
         return {
-            "final_loss": taken[-1]["loss"] if taken else float("nan"),
-            "metrics_history": self.metrics_history,
+            "final_loss": self._last_loss,
+            "metrics_history": list(self.metrics_history),
             "trust_radius": self.trust_radius,
-            "total_steps": len(taken),
+            "total_steps": self.taken_steps,
             "skipped_steps": self.skipped_steps,
-            "avg_lr_multiplier": sum(m["lr_multiplier"] for m in taken) / n if taken else 1.0,
-            "constraint_activation_rate": sum(m["active_share"] for m in taken) / n,
+            "avg_lr_multiplier": self._multipliers / n if self.taken_steps else 1.0,
+            "constraint_activation_rate": self._active / n,
+            "fallback_steps": self.auxiliary_nn.fallbacks,
         }
+
+    def back_off(self, factor: float) -> None:
+        """Shorten the wanted step and shrink every region by a factor in (0, 1], and forget skips:
+        after a return to an earlier state, from which the same steps would lead to the same end."""
+        _check("factor", factor, (_number(0, 1, open_low=True), "a number in (0, 1]"))
+        self._length += math.log10(factor)
+        self.consecutive_skips = 0
+        if self._model is not None:
+            self.constrained_opt.scale_regions(factor)
 
     _PLAIN = (
         "trust_radius",
         "parameter_labels",
-        "metrics_history",
+        "taken_steps",
         "skipped_steps",
         "consecutive_skips",
         "_promised",
@@ -1765,6 +1790,9 @@ class HybridOptimizationManager:
         "_length",
         "_peak",
         "_share",
+        "_last_loss",
+        "_multipliers",
+        "_active",
     )
     _AVERAGES = ("_fast", "_slow", "_norm", "_descent", "_curved")
 
@@ -1781,6 +1809,7 @@ class HybridOptimizationManager:
             }
         return {
             "plain": {k: copy.deepcopy(getattr(self, k)) for k in self._PLAIN},
+            "history": copy.deepcopy(list(self.metrics_history)),
             "data": data,
             "orders": {k: torch.from_numpy(order.copy()) for k, order in self._orders.items()},
             "averages": {k: dict(vars(getattr(self, k))) for k in self._AVERAGES},
@@ -1802,6 +1831,7 @@ class HybridOptimizationManager:
             self.constrained_opt.load_state_dict(state["optimizer"])
         for k, v in state["plain"].items():
             setattr(self, k, copy.deepcopy(v))
+        self.metrics_history = deque(copy.deepcopy(state["history"]), maxlen=HISTORY)
         self.data_labels = None
         if (data := state["data"]) is not None:
             self.data_labels = self.data_clusterer.labels = data["labels"].numpy().copy()

@@ -90,6 +90,19 @@ def _boolean(text: str) -> bool:
     return value
 
 
+def interval(text: str) -> tuple[str, float]:
+    """ "3" -> ("epochs", 3); "90s", "30m", "2h" -> ("seconds", ...)."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    try:
+        if text[-1:] in units:
+            return "seconds", number(float, 0, open_low=True)(text[:-1]) * units[text[-1]]
+        return "epochs", number(int, 1)(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(
+            f"expected epochs (3) or a time (90s, 30m, 2h), not {text!r}"
+        ) from None
+
+
 def _by_start(name: str) -> str:
     """The defaults of BY_START in words, for --help."""
 
@@ -318,6 +331,28 @@ def make_parser() -> Parser:
 
     g = parser.add_argument_group("output")
     g.add_argument("--output_dir", default="student", help="folder (default student/)")
+    g.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="PATH",
+        help="go on with the run in --output_dir, or start it where there is none; PATH: with the "
+        "run in that folder, or from that checkpoint. Its flags need not be given again",
+    )
+    g.add_argument(
+        "--save_every",
+        type=interval,
+        metavar="N|30m",
+        help="epochs, or a time (90s, 30m, 2h), between checkpoints (default: ten minutes, or as "
+        "seldom as makes them cost 1 %% of the time)",
+    )
+    g.add_argument(
+        "--keep",
+        type=count,
+        default=2,
+        metavar="N",
+        help="newest checkpoints that stay (default 2)",
+    )
     g.add_argument(
         "--save_metrics",
         action="store_true",

@@ -34,6 +34,13 @@ def summary_lines(summary: dict[str, Any], *, hybrid: bool) -> list[str]:
         ]
     if summary.get("skipped_steps"):
         lines.append(f"Skipped Steps (loss or gradient not finite): {summary['skipped_steps']}")
+    for key, told in {
+        "rollbacks": "Rollbacks to a Checkpoint",
+        "resumed": "Resumed",
+        "fallback_steps": "Steps by the Plain Rule (the network's output was not finite)",
+    }.items():
+        if summary.get(key):
+            lines.append(f"{told}: {summary[key]}")
     return [*lines, RULE]
 
 

@@ -35,6 +35,13 @@ class Baseline:
             opt.step()
         return self.lr * factor
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [opt.state_dict() for opt in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for opt, mine in zip(self.optimizers, state["optimizers"], strict=True):
+            opt.load_state_dict(mine)
+
     def use_averaged(self, averaged: bool = True) -> None:
         """Give the model the weights to be judged by, where they are not those that are stepped
         (Schedule-Free's mean of them), or with False take them away again."""

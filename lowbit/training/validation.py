@@ -7,6 +7,7 @@ logits on 64 windows of 256 tokens would be gigabytes where the vocabulary is la
 from __future__ import annotations
 
 import math
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from lowbit import UserError
 from lowbit.models.interface import LanguageModel
 from lowbit.text.tokenizers import UNCOUNTED
 from lowbit.training.losses import IGNORED, distillation_objective
@@ -84,6 +86,23 @@ class Best:
             for p in self._trained():
                 self._file.write(p.detach().cpu().contiguous().numpy().data)
             self.loss = loss
+
+    def write_to(self, file: Any) -> None:
+        """Copy the best weights as they are kept."""
+        self._file.seek(0)
+        while part := self._file.read(1 << 24):
+            file.write(part)
+
+    def read_from(self, path: Path, loss: float) -> None:
+        """Take best weights that `write_to` wrote, and their loss. UserError where they are those
+        of another model."""
+        size = sum(p.numel() * p.element_size() for p in self._trained())
+        if path.stat().st_size != size:
+            raise UserError(f"{path} holds the weights of another model")
+        self._file.seek(0)
+        with path.open("rb") as source:
+            shutil.copyfileobj(source, self._file, 1 << 24)
+        self.loss = loss
 
     @torch.no_grad()
     def restore(self) -> None:

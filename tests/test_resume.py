@@ -1,0 +1,610 @@
+"""A run that is stopped, killed or out of disk goes on where it was, to the same bits."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_text
+from families import tiny_folder
+
+import distillation
+from lowbit import UserError
+from lowbit.files import saved_run
+from lowbit.files.saved_run import Checkpoints, Saved, locked
+from lowbit.signals import Stop, Stopped
+from lowbit.training import resume
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    *("--seq_len", "32", "--batch_size", "4", "--samples_per_epoch", "12", "--epochs", "3"),
+    *("--device", "cpu"),
+]
+HYBRID = [*SMALL, "--hybrid", "--ternary", "--qat", "--calibration_tokens", "1024"]
+PACKED = "student_quantized_*.npz"
+
+
+@pytest.fixture
+def flags(tiny_teacher, text_file) -> list[str]:
+    return ["--teacher", str(tiny_teacher), "--data", str(text_file)]
+
+
+@pytest.fixture
+def at_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
+    """Have something happen after the step of this number, once."""
+
+    def plan(number: int, happen: Callable[[], None]) -> None:
+        original, done = distillation.Run.step, []
+
+        def step(self):
+            result = original(self)
+            if self.t == number and not done:
+                done.append(True)
+                happen()
+            return result
+
+        monkeypatch.setattr(distillation.Run, "step", step)
+
+    return plan
+
+
+def kill(number: int) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+def run(folder: Path, *flags: str) -> int:
+    return distillation.main([*flags, "--output_dir", str(folder)])
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """Everything of a finished run but times."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".csv":
+            with path.open(newline="") as f:
+                rows = list(csv.DictReader(f))
+            found[name] = [{k: v for k, v in r.items() if "seconds" not in k} for r in rows]
+        elif path.suffix == ".pth":
+            state = torch.load(path, weights_only=True)["state_dict"]
+            found[name] = {k: v.tolist() for k, v in state.items()}
+        elif path.is_file() and name != "events.jsonl" and path.suffix != ".png":
+            found[name] = path.read_bytes()
+    return found
+
+
+def told(capsys) -> list[str]:
+    """Lines on stderr, progress bars aside."""
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    return [x for x in lines if x.strip() and "step/s" not in x]
+
+
+def events(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------- the same bits as without
+
+
+@pytest.mark.parametrize(
+    ("words", "at"),
+    [  # three epochs of three steps; between them every pair of what changes a step's state
+        ("--hybrid --ternary --qat --save_metrics", 3),
+        ("--hybrid --ternary --qat --save_metrics --micro_batch_size 2", 4),
+        ("--hybrid --ternary --qat --student_init random --save_metrics", 5),
+        ("--hybrid --qat --learnable_scale --use_auxiliary_nn=false", 7),
+        ("--hybrid --ternary --use_clustering=false --use_matrix_geometry", 2),
+        ("--hybrid --ternary --qat --clustering_warmup_epochs 1 --eval_every 2", 3),
+        ("--hybrid --qat --clustering_warmup_epochs 1 --use_trust_region=false", 4),
+        ("--hybrid --ternary --qat --activation_checkpointing --max_grad_norm 1", 8),
+        ("--ternary --qat --optimizer adamw --save_metrics", 4),
+        ("--qat --optimizer sgd --calibrate", 6),
+        ("--ternary --optimizer muon --quant_warmup 0.5 --qat", 5),
+        ("--ternary --qat --optimizer schedulefree", 4),
+        ("--ternary --qat --optimizer prodigy", 4),
+        ("--hybrid --ternary --qat --save_metrics", 9),  # trained, but no file is written
+    ],
+)
+def test_stopped_and_resumed_is_the_same(flags, tmp_path, at_step, words, at):
+    if "schedulefree" in words or "prodigy" in words:
+        pytest.importorskip("schedulefree")
+        pytest.importorskip("prodigyopt")
+    flags += [*SMALL, *words.split(), "--calibration_tokens", "1024"]
+    assert run(tmp_path / "whole", *flags) == 0
+    at_step(at, kill(signal.SIGTERM))
+    assert run(tmp_path / "parts", *flags) == 128 + signal.SIGTERM
+    assert [p.name for p in (tmp_path / "parts").glob(PACKED)] == []
+    assert distillation.main(["--resume", str(tmp_path / "parts")]) == 0
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+    assert not (tmp_path / "parts" / "checkpoints").exists()
+
+
+def test_a_model_of_transformers_in_a_fresh_process(tmp_path, at_step):
+    pytest.importorskip("transformers")
+    text = tmp_path / "text.txt"
+    text.write_text(make_text(40_000), encoding="utf-8")
+    folder = tiny_folder(tmp_path / "model" / "llama", "llama")
+    flags = [*HYBRID, "--teacher", str(folder), "--data", str(text)]
+    assert run(tmp_path / "whole", *flags) == 0
+    at_step(5, kill(signal.SIGHUP))
+    assert run(tmp_path / "parts", *flags) == 128 + signal.SIGHUP
+    command = [sys.executable, str(ROOT / "distillation.py"), "--resume", str(tmp_path / "parts")]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Resumed at step 5 of 9" in done.stdout
+    assert "Resumed: 1" in done.stdout
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_killed_without_a_word(flags, tmp_path, at_step, monkeypatch):
+    """What a process that is gone left: the checkpoint of the first epoch, and half of another."""
+    flags += HYBRID
+    assert run(tmp_path / "whole", *flags) == 0
+
+    def die() -> None:
+        raise MemoryError
+
+    at_step(5, die)
+    with pytest.raises(MemoryError):
+        run(tmp_path / "parts", *flags, "--save_every", "1")
+    part = tmp_path / "parts" / "checkpoints" / ".part-x"
+    part.mkdir()
+    (part / "student.pt").write_bytes(b"half")
+    assert run(tmp_path / "parts", *flags, "--resume") == 0
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_stopped_twice_and_from_an_older_checkpoint(flags, tmp_path, at_step):
+    flags += HYBRID
+    assert run(tmp_path / "whole", *flags) == 0
+    at_step(2, kill(signal.SIGINT))
+    assert run(tmp_path / "parts", *flags, "--keep", "5") == 130
+    at_step(7, kill(signal.SIGINT))
+    assert run(tmp_path / "parts", "--resume") == 130
+    kept = sorted(p.name for p in (tmp_path / "parts" / "checkpoints").iterdir())
+    assert kept == ["0001-step-0", "0002-step-2", "0003-step-7"]
+    older = tmp_path / "parts" / "checkpoints" / kept[1]
+    assert distillation.main(["--resume", str(older)]) == 0
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+# --------------------------------------------------------------------------------------- signals
+
+
+def test_what_a_stopped_run_says(flags, tmp_path, at_step, capsys):
+    at_step(4, kill(signal.SIGTERM))
+    assert run(tmp_path / "out", *flags, *HYBRID) == 143
+    folder = tmp_path / "out"
+    assert told(capsys)[-1] == (
+        f"stopped at step 4 of 9, saved in {folder}/checkpoints/0002-step-4; go on with "
+        f"--resume {folder}"
+    )
+    assert [(e["event"], e["step"]) for e in events(folder)] == [("stop", 4)]
+
+
+def test_a_second_signal_ends_at_once(flags, tmp_path, at_step, capsys):
+    def twice() -> None:
+        kill(signal.SIGTERM)()
+        kill(signal.SIGINT)()
+
+    at_step(4, twice)
+    assert run(tmp_path / "out", *flags, *HYBRID) == 130
+    assert told(capsys)[-1] == (
+        f"interrupted; go on from the newest checkpoint with --resume {tmp_path / 'out'}"
+    )
+    assert Checkpoints(tmp_path / "out").newest().about["step"] == 0
+
+
+def test_signals_before_training_and_what_is_ignored():
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)  # nohup
+            with pytest.raises(Stopped):
+                os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.number is None
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_stopped_while_files_are_written(flags, tmp_path, monkeypatch, capsys):
+    flags += HYBRID
+    assert run(tmp_path / "whole", *flags) == 0
+    original = distillation.save_packed
+
+    def interrupted(*args, **kwargs):
+        kill(signal.SIGTERM)()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(distillation, "save_packed", interrupted)
+    assert run(tmp_path / "parts", *flags) == 143
+    assert (
+        f"write the student's files with --resume {tmp_path / 'parts'}" in capsys.readouterr().err
+    )
+    monkeypatch.setattr(distillation, "save_packed", original)
+    assert run(tmp_path / "parts", "--resume") == 0
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+# ------------------------------------------------------------------------------- what is refused
+
+
+@pytest.fixture(scope="module")
+def stopped_once(tiny_teacher, text_file, tmp_path_factory) -> Path:
+    """A run that was stopped in its second epoch, with a checkpoint of the first."""
+    folder = tmp_path_factory.mktemp("stopped") / "out"
+    flags = ["--teacher", str(tiny_teacher), "--data", str(text_file), *HYBRID]
+    original = distillation.Run.step
+
+    def step(self):
+        if self.t == 3:
+            kill(signal.SIGTERM)()
+        return original(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distillation.Run, "step", step)
+        assert run(folder, *flags, "--save_every", "1") == 143
+    return folder
+
+
+@pytest.fixture
+def stopped(stopped_once, flags, tmp_path) -> tuple[Path, list[str]]:
+    """Its folder, to be changed, and its flags."""
+    return Path(shutil.copytree(stopped_once, tmp_path / "out")), flags + HYBRID
+
+
+def test_other_settings_are_listed(stopped, tmp_path, capsys):
+    folder, _ = stopped
+    before = outcome(folder)
+    capsys.readouterr()
+    assert run(folder, "--resume", "--lr", "0.01", "--alpha", "0.25") == 2
+    error = told(capsys)
+    assert error[-1].startswith("error: --resume: the run in ")
+    assert "--alpha 0.5 (now 0.25), --lr 0.0003 (now 0.01)" in error[-1]
+    other = tmp_path / "other.txt"
+    other.write_text(make_text(30_000, seed=1), encoding="utf-8")
+    assert run(folder, "--resume", "--data", str(other)) == 2
+    assert "another text (fingerprint " in capsys.readouterr().err
+    assert outcome(folder) == before
+
+
+def test_an_interval_is_no_other_setting(stopped):
+    folder, flags = stopped
+    assert run(folder, *flags, "--resume", "--eval_every", "3", "--save_every", "1h") == 0
+
+
+def test_an_unfinished_run_is_not_pushed_out(stopped, capsys):
+    folder, flags = stopped
+    before = outcome(folder)
+    capsys.readouterr()
+    assert run(folder, *flags) == 2
+    assert "holds a run that is not finished; go on with --resume" in capsys.readouterr().err
+    assert outcome(folder) == before
+
+
+def test_nothing_to_resume(flags, tmp_path, capsys):
+    flags += HYBRID
+    assert run(tmp_path / "out", *flags, "--resume") == 0  # starts
+    assert "Resumed" not in capsys.readouterr().out
+    assert run(tmp_path / "out", *flags, "--resume") == 0
+    assert capsys.readouterr().out.startswith("nothing to resume: ")
+    assert distillation.main(["--resume", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: --resume {tmp_path / 'none'}: no checkpoint is there\n"
+    )
+
+
+def test_two_runs_in_one_folder(flags, tmp_path, capsys):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with locked(folder):
+        assert run(folder, *flags, *HYBRID) == 2
+    assert f"another run is writing to {folder}" in capsys.readouterr().err
+    with locked(folder):
+        pass
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1.5", "0m", "5d", "m", ""])
+def test_intervals_that_are_none(text, capsys):
+    with pytest.raises(SystemExit):
+        distillation.main(["--save_every", text])
+    assert "expected epochs (3) or a time (90s, 30m, 2h)" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------- damage and disks
+
+
+@pytest.mark.parametrize("name", ["student.pt", "state.pt", "best.bin", "manifest.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, capsys, name, how):
+    folder, _ = stopped
+    newest, path = Checkpoints(folder).newest(), None
+    path = newest.folder / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data if how == "flip" else data[: len(data) // 3])
+    if (name, how) == ("manifest.json", "flip") and Checkpoints(
+        folder
+    ).newest().folder == path.parent:
+        return  # a bit of what the manifest tells only people
+    lines: list[str] = []
+    assert Checkpoints(folder).newest(lines.append).about["step"] == 3
+    assert len(lines) == 1
+    assert str(newest.folder) in lines[0]
+
+
+def test_resumed_from_the_checkpoint_before(stopped, flags, tmp_path, capsys):
+    folder, flags = stopped
+    (Checkpoints(folder).newest().folder / "state.pt").write_bytes(b"no")
+    assert run(folder, "--resume") == 0
+    printed = capsys.readouterr()
+    assert "warning: " in printed.err
+    assert "Resumed at step 3 of 9" in printed.out
+    assert run(tmp_path / "whole", *flags) == 0
+    assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def test_no_checkpoint_is_whole(stopped, capsys):
+    folder, _ = stopped
+    for path in folder.glob("checkpoints/*/student.pt"):
+        path.write_bytes(b"no")
+    capsys.readouterr()
+    assert run(folder, "--resume") == 2
+    assert told(capsys)[-1] == (f"error: --resume: no checkpoint in {folder}/checkpoints is whole")
+
+
+def rewrite(saved: Saved, name: str, write: Callable[[Path], None], **about) -> None:
+    """Change a file of a checkpoint, or what its manifest says, and make the sums right."""
+    path = saved.folder / name
+    write(path)
+    values = json.loads((saved.folder / "manifest.json").read_text())
+    values["files"][name] = [
+        path.stat().st_size,
+        saved_run.hashlib.sha256(path.read_bytes()).hexdigest(),
+    ]
+    values["about"].update(about)
+    (saved.folder / "manifest.json").write_text(json.dumps(values))
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.mkdir, ("executed",))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: torch.save({"t": Evil()}, path),
+        lambda path: torch.save({"t": 4}, path),
+        lambda path: torch.save([1, 2], path),
+        lambda path: path.write_bytes(b"PK"),
+    ],
+)
+def test_a_hostile_state_is_refused(stopped, monkeypatch, tmp_path, capsys, change):
+    folder, _ = stopped
+    monkeypatch.chdir(tmp_path)
+    rewrite(Checkpoints(folder).newest(), "state.pt", change)
+    assert run(folder, "--resume") == 2
+    assert not Path("executed").exists()
+    assert told(capsys)[-1].startswith(f"error: {folder}/checkpoints/")
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {"command": 3},
+        {"command": [1]},
+        {"command": ["--epochs", "x"]},
+        {"settings": 5},
+        {"text": []},
+    ],
+)
+def test_a_hostile_manifest_is_refused(stopped, capsys, about):
+    folder, _ = stopped
+    rewrite(Checkpoints(folder).newest(), "best.bin", lambda path: None, **about)
+    try:
+        code = run(folder, "--resume")
+    except SystemExit as e:
+        code = e.code
+    assert code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_at_a_checkpoint(flags, tmp_path, at_step, monkeypatch, capsys):
+    """The run goes on, says so, and the checkpoint before stays."""
+    at_step(5, lambda: monkeypatch.setattr(saved_run.torch, "save", full))
+    at_step(7, lambda: monkeypatch.undo())
+    folder = tmp_path / "out"
+    seen = []
+    at_step(7, lambda: seen.append(Checkpoints(folder).newest().about["step"]))
+    assert run(folder, *flags, *HYBRID, "--save_every", "1") == 0
+    assert "warning: no checkpoint of step 6: No space left on device; the run goes on" in (
+        capsys.readouterr().err
+    )
+    assert seen == [3]
+    assert [e["event"] for e in events(folder)] == ["save failed"]
+
+
+def test_a_full_disk_at_the_end(flags, tmp_path, monkeypatch, capsys):
+    flags += HYBRID
+    assert run(tmp_path / "whole", *flags) == 0
+    folder = tmp_path / "out"
+    original = distillation.save_packed
+    monkeypatch.setattr(distillation, "save_packed", full)
+    assert run(folder, *flags) == 1
+    assert told(capsys)[-1] == (
+        "error: cannot write : No space left on device; write the student's files with "
+        f"--resume {folder}"
+    )
+    monkeypatch.setattr(distillation, "save_packed", original)
+    assert run(folder, "--resume") == 0
+    assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def _killed_at(folder: Path, count: int) -> None:
+    """Save, and die at the count-th call that touches the disk."""
+    left = [count]
+
+    def dying(call):
+        def wrapped(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("open", "fsync", "rename", "rmdir", "unlink", "mkdir"):
+        setattr(os, name, dying(getattr(os, name)))
+    Checkpoints(folder, keep=1).save(2, {"step": 2}, {"a": lambda f: f.write(b"x" * 99)})
+    os._exit(0)
+
+
+def test_killed_at_every_stage_of_saving(tmp_path):
+    """The newest checkpoint that loads is the one before or the new one, whole."""
+    context = multiprocessing.get_context("fork")
+    steps, codes = [], []
+    for count in range(1, 40):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        Checkpoints(folder).save(1, {"step": 1}, {"a": lambda f: f.write(b"y" * 99)})
+        child = context.Process(target=_killed_at, args=(folder, count))
+        child.start()
+        child.join()
+        codes.append(child.exitcode)
+        found = Checkpoints(folder).newest()
+        assert found is not None
+        assert (found.folder / "a").read_bytes() in (b"x" * 99, b"y" * 99)
+        steps.append(found.about["step"])
+        if child.exitcode == 0:
+            break
+    assert codes[-1] == 0
+    assert set(codes[:-1]) == {-signal.SIGKILL}
+    assert steps == sorted(steps)
+    assert set(steps) == {1, 2}
+    assert len(steps) > 8
+
+
+def test_strays_are_ignored_and_ten_comes_after_nine(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=20)
+    for step in range(8, 12):
+        checkpoints.save(step, {"step": step}, {"a": lambda f: f.write(b"")})
+    for name in ("9999-step-x", "x", ".part-1", "99999999999999999999-step-1"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    (tmp_path / "checkpoints" / "8888-step-1").write_text("no folder")
+    assert checkpoints.newest().about["step"] == 11
+    shutil.rmtree(checkpoints.newest().folder)
+    assert checkpoints.newest().about["step"] == 10
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", "null", '{"format": "lowbit-run"}', "[" * 99999, '{"files": {"../x": 1}}'],
+)
+def test_manifests_that_are_none(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="is damaged, or of another version"):
+        Saved(tmp_path)
+
+
+# -------------------------------------------------------------------------- numbers out of range
+
+
+@pytest.fixture
+def broken(monkeypatch) -> Callable[[range], None]:
+    """Have the objective be no number at these calls of it, counted over the whole run."""
+
+    def plan(calls: range) -> None:
+        original, count = distillation.distillation_objective, [0]
+
+        def objective(*args, **kwargs):
+            found = original(*args, **kwargs)
+            count[0] += 1
+            return (found[0] * float("nan"), *found[1:]) if count[0] - 1 in calls else found
+
+        monkeypatch.setattr(distillation, "distillation_objective", objective)
+
+    return plan
+
+
+def test_a_skipped_step_is_counted_and_resumed_over(flags, tmp_path, at_step, broken, capsys):
+    flags += HYBRID
+    broken(range(2, 4))
+    assert run(tmp_path / "whole", *flags) == 0
+    assert "Skipped Steps (loss or gradient not finite): 2" in capsys.readouterr().out
+    assert [(e["event"], e["step"]) for e in events(tmp_path / "whole")] == [
+        ("skip", 3),
+        ("skip", 4),
+    ]
+    broken(range(2, 4))
+    at_step(3, kill(signal.SIGTERM))  # between the two
+    assert run(tmp_path / "parts", *flags) == 143
+    broken(range(0, 1))
+    assert run(tmp_path / "parts", "--resume") == 0
+    assert "Skipped Steps (loss or gradient not finite): 2" in capsys.readouterr().out
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_rolled_back_with_shorter_steps(flags, tmp_path, at_step, broken, monkeypatch, capsys):
+    """Three in a row, from the checkpoint of the first epoch; resumed afterwards to the bit."""
+    monkeypatch.setattr(resume, "MAX_CONSECUTIVE_SKIPS", 3)
+    flags += [*HYBRID, "--save_every", "1"]
+    broken(range(4, 7))
+    assert run(tmp_path / "whole", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "Rolled back from step 7 to 3: too many numbers were not finite" in printed
+    assert "Rollbacks to a Checkpoint: 1" in printed
+    kinds = [(e["event"], e["step"]) for e in events(tmp_path / "whole")]
+    assert kinds == [("skip", 5), ("skip", 6), ("skip", 7), ("rollback", 7)]
+
+    broken(range(4, 7))
+    original = distillation.Run.back_off
+
+    def back_off(self, factor):
+        original(self, factor)
+        assert factor == 0.5
+        at_step(5, kill(signal.SIGTERM))
+
+    monkeypatch.setattr(distillation.Run, "back_off", back_off)
+    assert run(tmp_path / "parts", *flags) == 143
+    broken(range(0))
+    assert run(tmp_path / "parts", "--resume") == 0
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_rollbacks_are_bounded(flags, tmp_path, broken, monkeypatch, capsys):
+    monkeypatch.setattr(resume, "MAX_CONSECUTIVE_SKIPS", 2)
+    broken(range(1, 999))
+    folder = tmp_path / "out"
+    assert run(folder, *flags, *HYBRID) == 1
+    error = told(capsys)[-1]
+    assert error.startswith(
+        "error: 2 steps in a row had a loss or gradient that is not finite, after"
+    )
+    assert (
+        f"after 3 rollbacks; check the teacher and --data. The last good state is in {folder}"
+        in error
+    )
+    assert [e["event"] for e in events(folder)].count("rollback") == 3
+    assert [x.about["step"] for x in Checkpoints(folder).whole()] == [0]
