@@ -661,12 +661,15 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
     say(
         f"Size: {size.file_bytes:,} bytes packed, {size.float32_bytes:,} in float32: "
         f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a linear weight, scales "
-        "included; the embedding is held in 8 bits"
+        f"included; the embedding is held in {o.embedding_bits} bits"
     )
     if isinstance(student, TransformersLM):
         first, last = o.blocks_8bit
         parts = [f"{k} {n:,} weights, {b:,} bytes" for k, (n, b) in size.parts.items()]
-        say(f"Stored as: {'; '.join(parts)}; int8: embedding, head, {first} + {last} blocks")
+        held = (
+            "int8: embedding, head, " if o.embedding_bits == 8 else "int4: embedding, head; int8: "
+        )
+        say(f"Stored as: {'; '.join(parts)}; {held}{first} + {last} blocks")
     prompt = SAMPLE_PROMPT[unit]
     ids = generate(student, s.tokenizer.encode(prompt), SAMPLE_TOKENS[unit], seed=o.seed)
     say(f"Sample: {prompt}{s.tokenizer.decode(ids)}")

@@ -47,8 +47,7 @@ def export(student: str, kind: str, output: str | None, type_: str | None) -> li
     if kind == "gguf":
         target = Path(output) if output else packed.with_suffix(".gguf")
         done = export_gguf(read_packed(packed), target, type_)
-        name = next((k for k in done.parts if k.lower() in TYPES), "none")
-        return [f"Low-bit weights are {name}: {done.reason}", *table(done)]
+        return [f"Low-bit weights are {done.low_bit}: {done.reason}", *table(done)]
     model, vocabulary, _ = load_packed(packed)
     if not isinstance(model, TransformersLM):
         raise UserError("a student of bytes has no form in transformers: its decoder is our own")

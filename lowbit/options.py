@@ -155,6 +155,14 @@ def make_parser() -> Parser:
         "a teacher's own vocabulary)",
     )
     g.add_argument(
+        "--embedding_bits",
+        type=int,
+        choices=[8, 4],
+        default=8,
+        help="of embedding and head where the vocabulary is a teacher's own; those of bytes have 8 "
+        "(default 8)",
+    )
+    g.add_argument(
         "--calibrate",
         help="round with second-order information where a float model is converted: at the start "
         "with --qat and --student_init teacher, at the end without --qat (true with --hybrid)",

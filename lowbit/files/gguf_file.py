@@ -4,7 +4,8 @@ Codes and scales go into the format's blocks as they are, without rounding once 
 
     TQ2_0   256 weights, 2 bits each and a float16 scale: ternary, rows that 256 divides
     TQ1_0   the same in 1.69 bits, slower to read
-    Q4_0    32 weights, 4 bits each and a float16 scale: a code c is written as c + 8
+    Q4_0    32 weights, 4 bits each and a float16 scale: a code c is written as c + 8; also what the
+            student holds in 4 bits
     Q1_0    128 weights, a bit each and a float16 scale: 1-bit, rows that 128 divides
     Q8_0    32 weights, 8 bits each and a float16 scale: what the student holds in 8 bits
 
@@ -42,13 +43,16 @@ TYPES = {
 #: general.file_type, where it has a number of its own.
 FILE_TYPES = {"tq2_0": 37, "tq1_0": 36, "q4_0": 2}
 FLOAT16_MAX = 65504.0
+LOW_BIT = ("ternary", "1bit")
+#: Type of what the student holds in more bits.
+HELD = {"int8": "q8_0", "int4": "q4_0"}
 
 
 # ------------------------------------------------------------------------------ blocks of codes
 
 
 def _scales(stored: Stored, blocks: int) -> np.ndarray:
-    """Float16 scales, the row's for each of its blocks, as bytes (rows, blocks, 2)."""
+    """Float16 scales, each block's own or the row's, as bytes (rows, blocks, 2)."""
     assert stored.scale is not None
     rows = len(stored.values)
     scale = np.broadcast_to(stored.scale.astype(np.float16), (rows, blocks))
@@ -113,6 +117,7 @@ class Exported:
     """What became of a student's tensors: {type: (tensors, weights, bytes)}; file_bytes of all."""
 
     path: Path
+    low_bit: str  # type of the low-bit matrices
     parts: dict[str, tuple[int, int, int]]
     reason: str  # why the low-bit type is what it is
     file_bytes: int
@@ -120,7 +125,7 @@ class Exported:
 
 def choose_type(found: Packed, asked: str | None) -> tuple[str, str]:
     """The type of the low-bit matrices, and why. UserError where the one asked for cannot be."""
-    low = {n: t for n, t in found.tensors.items() if t.kind in ("ternary", "1bit")}
+    low = {n: t for n, t in found.tensors.items() if t.kind in LOW_BIT}
     kind = next((t.kind for t in low.values()), "ternary")
     widths = sorted({t.values.shape[1] for t in low.values()})
     odd = {t: [w for w in widths if w % size] for t, (size, _) in TYPES.items()}
@@ -166,7 +171,9 @@ def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None)
         target = atomic_write(path, write)
     except OSError as e:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
-    return Exported(target, parts, reason, target.stat().st_size)
+    low = any(t.kind in LOW_BIT for t in found.tensors.values())
+    name = chosen.upper() if low else "none"
+    return Exported(target, name, parts, reason, target.stat().st_size)
 
 
 def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
@@ -220,9 +227,12 @@ def encoded(name: str, stored: Stored, chosen: str) -> tuple[np.ndarray, str]:
     """A tensor's bytes, and the name of their type."""
     if stored.scale is None:
         return stored.values, "F32"
-    if stored.scale.max() > FLOAT16_MAX:
-        raise UserError(f"{name}: a scale of {stored.scale.max():g} is beyond float16")
-    kind = chosen if stored.kind in ("ternary", "1bit") else "q8_0"
+    largest = np.abs(stored.scale).max()
+    if largest > FLOAT16_MAX:
+        raise UserError(f"{name}: a scale of {largest:g} is beyond float16")
+    if stored.kind == "int4" and (stored.scale.astype(np.float16) != stored.scale).any():
+        raise UserError(f"{name}: a scale is too small for float16 to hold exactly")
+    kind = HELD.get(stored.kind, chosen)
     return ENCODERS[kind](stored), kind.upper()
 
 

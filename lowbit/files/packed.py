@@ -7,11 +7,15 @@ tensors of that encoding one after another in header order:
                        each tensor starts a new byte
     1bit      uint8    8 codes a byte, 1 for +1, first code least significant, likewise
     int8      int8     8-bit codes
+    int4      uint8    2 codes a byte, code + 8 in four bits, the first code in the lower half; rows
+                       are multiples of 32
     float16, float32   plain values
-    scales    uint16   bfloat16 bits; one a row or one a tensor for ternary, 1bit and int8
+    scales    uint16   bfloat16 bits; one a row or one a tensor for ternary, 1bit and int8; of int4
+                       one for 32 consecutive codes of a row, which may be negative
 
 and, where the vocabulary is a teacher's own, ``tokenizer``: {file name: text} as JSON in uint8. The
-header's config is that of the plain decoder, or {"transformers": the library's own}.
+header's config is that of the plain decoder, or {"transformers": the library's own}. Its version is
+2 where int4 occurs and 1 elsewhere: readers of version 1 know no int4.
 
 Streams are deflated, which brings ternary codes close to their entropy; zip's CRC-32 guards each.
 Nothing is pickled.
@@ -34,10 +38,10 @@ from lowbit.files.atomic import atomic_write
 from lowbit.files.checkpoint import build_model, read_config
 from lowbit.models.interface import LanguageModel
 from lowbit.models.transformers_lm import build_transformers
-from lowbit.quantization.layers import QATLinear, byte_codes, byte_layers, low_bit_layers
+from lowbit.quantization.layers import BLOCK, HELD_CODES, QATLinear, held_layers, low_bit_layers
 
 FORMAT = "lowbit-packed"
-VERSION = 1
+VERSION = 2
 MAX_HEADER = 1 << 20
 MAX_TOKENIZER = 1 << 26
 MAX_WEIGHTS = 1 << 33
@@ -45,11 +49,13 @@ STREAM_DTYPES = {
     "ternary": np.uint8,
     "1bit": np.uint8,
     "int8": np.int8,
+    "int4": np.uint8,
     "float16": np.float16,
     "float32": np.float32,
     "scales": np.uint16,
 }
-CODED = ("ternary", "1bit", "int8")
+CODED = ("ternary", "1bit", "int8", "int4")
+CODES_A_BYTE = {"ternary": 5, "1bit": 8, "int4": 2}  # one of the others
 
 _POWERS = 3 ** np.arange(5)
 _TRITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)  # (243, 5)
@@ -100,6 +106,26 @@ def unpack_bits(packed: np.ndarray, count: int) -> np.ndarray:
     return bits[:count].astype(np.int8) * 2 - 1
 
 
+def pack_nibbles(codes: np.ndarray) -> np.ndarray:
+    """An even number of codes in -8..7, any shape -> uint8 (n / 2,)."""
+    flat = np.asarray(codes).ravel()
+    if not np.isin(flat, np.arange(-8, 8)).all():
+        raise ValueError("4-bit codes are whole numbers from -8 to 7")
+    low, high = (flat.astype(np.int8) + 8).astype(np.uint8).reshape(-1, 2).T
+    return low | high << 4
+
+
+def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
+    """Inverse of `pack_nibbles`: int8 (count,)."""
+    if 2 * packed.size != count:
+        raise ValueError(f"{packed.size} bytes cannot hold {count} 4-bit codes")
+    return np.stack((packed & 15, packed >> 4), axis=1).ravel().astype(np.int8) - 8
+
+
+PACK = {"ternary": pack_ternary, "1bit": pack_bits, "int4": pack_nibbles}
+UNPACK = {"ternary": unpack_ternary, "1bit": unpack_bits, "int4": unpack_nibbles}
+
+
 # ------------------------------------------------------------------------------------- the writer
 
 
@@ -127,7 +153,7 @@ def encode_model(model: LanguageModel, plain: str = "float32") -> tuple[list[dic
     Of weights that are tied the first name is stored.
     """
     coded = {f"{name}.weight": m for name, m in low_bit_layers(model.stored)}
-    held = {f"{name}.weight" for name, _ in byte_layers(model.stored)}
+    held = {f"{name}.weight": bits for name, bits in held_layers(model.stored)}
     streams: dict[str, list[np.ndarray]] = {}
     entries = []
     seen: set[int] = set()
@@ -147,16 +173,16 @@ def encode_model(model: LanguageModel, plain: str = "float32") -> tuple[list[dic
                 raise UserError(f"cannot pack {name}: a value is not finite in {plain}")
             streams.setdefault(plain, []).append(array)
         else:
-            codes, scale = byte_codes(tensor) if layer is None else layer.codes_and_scale()
-            kind = layer.mode if isinstance(layer, QATLinear) else "int8"
+            bits = held.get(name, 8)
+            codes, scale = HELD_CODES[bits](tensor) if layer is None else layer.codes_and_scale()
+            kind = layer.mode if isinstance(layer, QATLinear) else f"int{bits}"
             if not bool(torch.isfinite(tensor).all() & torch.isfinite(scale).all()):
                 raise UserError(f"cannot pack {name}: a weight or scale is not finite")
             entry["encoding"], entry["scales"] = kind, scale.numel()
             array = codes.cpu().numpy().astype(np.int8)
-            pack = {"ternary": pack_ternary, "1bit": pack_bits}.get(kind, np.ravel)
-            streams.setdefault(kind, []).append(pack(array))
-            bits = scale.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
-            streams.setdefault("scales", []).append(bits.ravel())
+            streams.setdefault(kind, []).append(PACK.get(kind, np.ravel)(array))
+            halves = scale.to(torch.bfloat16).cpu().view(torch.int16).numpy().view(np.uint16)
+            streams.setdefault("scales", []).append(halves.ravel())
         entries.append(entry)
     return entries, streams
 
@@ -179,7 +205,7 @@ def save_packed(
     tokenizer = {k: v for k, v in tokenizer.items() if k != "files"}
     header = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if "int4" in streams else 1,
         "config": model.describe(),
         "tokenizer": tokenizer,
         "tensors": entries,
@@ -196,7 +222,8 @@ def save_packed(
     weights = {k: sum(math.prod(e["shape"]) for e in entries if e["encoding"] == k) for k in CODED}
     linear = weights["ternary"] + weights["1bit"]
     scale_counts = [(e["encoding"], e.get("scales", 0)) for e in entries]
-    share = sum(n for k, n in scale_counts if k != "int8") / max(1, sum(n for _, n in scale_counts))
+    low = sum(n for k, n in scale_counts if k in ("ternary", "1bit"))
+    share = low / max(1, sum(n for _, n in scale_counts))
     stored = sizes.get("ternary", 0) + sizes.get("1bit", 0) + sizes.get("scales", 0) * share
     total = sum(math.prod(e["shape"]) for e in entries)
     counts = {k: sum(math.prod(e["shape"]) for e in entries if e["encoding"] == k) for k in streams}
@@ -216,14 +243,19 @@ def save_packed(
 @dataclass
 class Stored:
     """A tensor as the file holds it: values, int8 codes of its shape or plain float32, and of codes
-    the scales (rows, 1) or (1, 1) float32."""
+    the scales (rows, 1), (1, 1) or, of int4, (rows, n / 32) float32."""
 
     kind: str
     values: np.ndarray
     scale: np.ndarray | None = None
 
     def weight(self) -> np.ndarray:
-        return self.values if self.scale is None else self.values.astype(np.float32) * self.scale
+        if self.scale is None:
+            return self.values
+        rows, blocks = len(self.values), self.scale.shape[1]
+        values = self.values.reshape(rows, blocks, -1).astype(np.float32)
+        values *= self.scale[..., None]
+        return values.reshape(self.values.shape)
 
 
 @dataclass
@@ -278,10 +310,11 @@ def _read(z: zipfile.ZipFile, origin: str) -> Packed:
     if infos["header.npy"].file_size > MAX_HEADER:
         raise UserError(f"{origin}: header too large")
     header = json.loads(_member(z, "header", np.uint8, None).tobytes())
-    if header.get("format") != FORMAT or header.get("version") != VERSION:
+    version = header.get("version")
+    if header.get("format") != FORMAT or version not in (1, VERSION):
         raise UserError(
-            f"{origin}: format {header.get('format')!r} version "
-            f"{header.get('version')!r}, expected {FORMAT} {VERSION}"
+            f"{origin}: format {header.get('format')!r} version {version!r}, "
+            f"expected {FORMAT} 1 or {VERSION}"
         )
     tokenizer = header["tokenizer"]
     if not isinstance(tokenizer, dict) or not isinstance(header["notes"], dict):
@@ -297,16 +330,18 @@ def _read(z: zipfile.ZipFile, origin: str) -> Packed:
     total = 0
     for entry in header["tensors"]:
         kind, shape = entry["encoding"], entry["shape"]
-        if kind not in STREAM_DTYPES or kind == "scales":
+        if kind not in STREAM_DTYPES or kind == "scales" or (kind == "int4" and version == 1):
             raise UserError(f"{origin}: unknown encoding {kind!r}")
         if not all(isinstance(n, int) and 0 < n < 2**31 for n in shape):
             raise UserError(f"{origin}: bad shape {shape} of {entry['name']}")
         count = math.prod(shape)
         total += count
-        per_byte = {"ternary": 5, "1bit": 8}.get(kind, 1)
-        plan[kind] = plan.get(kind, 0) + -(-count // per_byte)
+        plan[kind] = plan.get(kind, 0) + -(-count // CODES_A_BYTE.get(kind, 1))
         if kind in CODED:
-            if len(shape) != 2 or entry["scales"] not in (1, shape[0]):
+            fits = len(shape) == 2 and entry["scales"] in (1, shape[0])
+            if kind == "int4":
+                fits = len(shape) == 2 and entry["scales"] * BLOCK == count and not shape[1] % BLOCK
+            if not fits:
                 raise UserError(f"{origin}: scales of {entry['name']} do not fit its shape")
             plan["scales"] = plan.get("scales", 0) + entry["scales"]
     if total > MAX_WEIGHTS or {f"{k}.npy" for k in plan} | beside != set(infos):
@@ -328,12 +363,11 @@ def _read(z: zipfile.ZipFile, origin: str) -> Packed:
         kind, shape = entry["encoding"], entry["shape"]
         count = math.prod(shape)
         if kind in CODED:
-            n = -(-count // {"ternary": 5, "1bit": 8}.get(kind, 1))
-            unpack = {"ternary": unpack_ternary, "1bit": unpack_bits}.get(kind, lambda a, _: a)
-            codes = unpack(take(kind, n), count).reshape(shape)
+            values = take(kind, -(-count // CODES_A_BYTE.get(kind, 1)))
+            codes = (UNPACK[kind](values, count) if kind in UNPACK else values).reshape(shape)
             bits = take("scales", entry["scales"]).astype(np.uint32) << 16
-            scale = bits.view(np.float32).reshape(-1, 1)
-            if not np.isfinite(scale).all() or (scale < 0).any():
+            scale = bits.view(np.float32).reshape(-1, shape[1] // BLOCK if kind == "int4" else 1)
+            if not np.isfinite(scale).all() or (kind != "int4" and (scale < 0).any()):
                 raise UserError(f"{origin}: a scale of {entry['name']} is negative or not finite")
             found = Stored(kind, codes, scale)
         else:

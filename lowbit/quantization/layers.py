@@ -1,8 +1,9 @@
-"""Ternary and 1-bit weights, the straight-through layers that train them, 8-bit embeddings.
+"""Ternary and 1-bit weights, the straight-through layers that train them, embeddings of 8 and 4
+bits.
 
 A weight matrix (out, in) becomes codes x scale: codes in {-1, 0, 1} or {-1, 1}, one scale a row
-or one for the matrix. Scales are rounded to bfloat16 *in the forward pass*, so that what is
-trained is what is stored.
+or one for the matrix (4-bit codes have one for 32). Scales are rounded to bfloat16 *in the forward
+pass*, so that what is trained is what is stored.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from lowbit.models.interface import LanguageModel
 
 MODES = ("ternary", "1bit", "int8")
 SCOPES = ("row", "tensor")
+BLOCK = 32  # consecutive entries of a row with one scale, of 4-bit codes
+#: What a block's scale may be: its largest entry over minus one of these. That entry's code is then
+#: -8 or -7, and with 8 and 7 in front what was rounded is found again (so none is close to 7.5).
+DIVISORS = (8.0, 7.0, 7.2, 7.4, 7.6, 7.8, 8.2, 8.4, 8.6, 8.8, 9.0)
+SMALLEST_HALF = 2.0**-17  # the smallest scale all of whose 8 bits float16 holds
+AT_ONCE = 1 << 18  # entries that are rounded at a time: memory stays small
 
 
 # ---------------------------------------------------------------------- quantisers: pure tensors
@@ -67,6 +74,52 @@ def byte_codes(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """w (rows, n) -> (codes in -127..127, scale (rows, 1)): symmetric, one scale a row."""
     scale = round_scale(w.abs().amax(dim=1, keepdim=True) / 127)
     return (w / torch.where(scale > 0, scale, 1)).round().clamp(-127, 127), scale
+
+
+def nibble_codes(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """w (rows, n) -> (codes in -8..7 (rows, n) int8, scale (rows, n / 32) float32): ggml's Q4_0.
+
+    Of each block's scales, its largest entry over -DIVISORS, the one of the least squared error
+    (ggml takes the first). It may be negative: the sign says on which side -8 lies. Scales that
+    float16 has not exactly, below 2^-17, become 0. What is rounded already stays as it is.
+    """
+    rows = max(1, AT_ONCE // w.size(1))
+    codes, scales = zip(*(_nibbles(part) for part in w.split(rows)), strict=True)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def _nibbles(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = _nearest(w.float().reshape(-1, BLOCK), DIVISORS)
+    # The same values once more, in the one way in which they would be found.
+    codes, scale = _nearest(codes.mul_(scale), DIVISORS[:2])
+    return codes.to(torch.int8).view(w.shape), scale.view(len(w), -1)
+
+
+def _nearest(
+    blocks: torch.Tensor, divisors: tuple[float, ...]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks (m, 32) -> (codes (m, 32), scale (m, 1)) of the least squared error, the first of
+    equals."""
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    unit = largest.abs().clamp_min(SMALLEST_HALF)  # squares of 1e38 overflow
+
+    def rounded(divisor: float) -> tuple[torch.Tensor, ...]:
+        scale = round_scale(largest / -divisor)
+        scale = torch.where(scale.abs() < SMALLEST_HALF, 0, scale)
+        codes = (blocks / torch.where(scale != 0, scale, 1)).round_().clamp_(-8, 7)
+        error = ((codes * scale - blocks) / unit).square_().sum(1, keepdim=True)
+        return error, codes, scale
+
+    best = rounded(divisors[0])
+    for divisor in divisors[1:]:
+        new = rounded(divisor)
+        less = new[0] < best[0]
+        best = tuple(torch.where(less, x, y) for x, y in zip(new, best, strict=True))
+    return best[1], best[2]
+
+
+#: Of what is held in so many bits.
+HELD_CODES = {8: byte_codes, 4: nibble_codes}
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -241,11 +294,12 @@ def quantize_model(
     learnable_scale: bool = False,
     first: int = 0,
     last: int = 0,
+    embedding_bits: int = 8,
 ) -> LanguageModel:
     """Replace, in place, every linear layer of the blocks by `QATLinear`, and the embedding of the
     plain decoder by `QATEmbedding`, whose untied head stays float. Latent parameters keep their
     names and identity. The first and the last so many blocks are in 8 bits. Embedding and head of
-    other decoders are held in 8 bits, frozen."""
+    other decoders are held in 8 or 4 bits, frozen."""
     for i, block in enumerate(model.blocks):
         edge = i < first or i >= len(model.blocks) - last
         kind = ("int8", "row", False) if edge else (mode, scope, learnable_scale)
@@ -259,20 +313,23 @@ def quantize_model(
         new.weight = old.weight
         model.model.embed_tokens = new
     else:
-        for held in (model.embedding, model.output):
-            if held is not None:
-                hold_in_bytes(held)
+        for layer in (model.embedding, model.output):
+            if layer is not None:
+                hold(layer, embedding_bits)
     return model
 
 
 @torch.no_grad()
-def hold_in_bytes(layer: nn.Embedding | nn.Linear) -> None:
-    """Round a layer's weight to 8 bits, one scale a row, and freeze it: of a large vocabulary a
-    short run sees too little to train the embedding, and so rounding costs nothing a step."""
-    codes, scale = byte_codes(layer.weight)
-    layer.weight.copy_(codes.mul_(scale))
+def hold(layer: nn.Embedding | nn.Linear, bits: int) -> None:
+    """Round a layer's weight to 8 bits, one scale a row, or to 4, one for 32 entries, and freeze
+    it: of a large vocabulary a short run sees too little to train the embedding, and so rounding
+    costs nothing a step."""
+    for rows in layer.weight.split(max(1, AT_ONCE // layer.weight.size(1))):
+        codes, scale = HELD_CODES[bits](rows)
+        blocks = codes.view(len(rows), scale.size(1), -1) * scale[..., None]
+        rows.copy_(blocks.view_as(rows))
     layer.weight.requires_grad_(False)
-    layer.held_in_bytes = True  # type: ignore[assignment]
+    layer.held_bits = bits  # type: ignore[assignment]
 
 
 def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear | QATEmbedding]]:
@@ -281,11 +338,12 @@ def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear | QATEmbed
             yield name, module
 
 
-def byte_layers(model: nn.Module) -> Iterator[tuple[str, nn.Embedding | nn.Linear]]:
-    """What `hold_in_bytes` froze."""
+def held_layers(model: nn.Module) -> Iterator[tuple[str, int]]:
+    """Name and bits of what `hold` froze."""
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Embedding, nn.Linear)) and hasattr(module, "held_in_bytes"):
-            yield name, module
+        bits = getattr(module, "held_bits", None)
+        if isinstance(bits, int):
+            yield name, bits
 
 
 @contextmanager

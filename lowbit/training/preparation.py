@@ -21,7 +21,7 @@ from lowbit.models.student import settle_student
 from lowbit.models.transformers_lm import TransformersLM
 from lowbit.options import settle_by_start, settle_by_teacher
 from lowbit.quantization.calibration import calibrate
-from lowbit.quantization.layers import quantize_model
+from lowbit.quantization.layers import BLOCK, quantize_model
 from lowbit.text.corpus import Corpus
 from lowbit.text.self_written import written_by
 from lowbit.text.tokenizers import Tokenizer
@@ -69,6 +69,17 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
     if sum(o.blocks_8bit) >= blocks:
         first, last = o.blocks_8bit
         raise UserError(f"--blocks_8bit {first} {last}: of {blocks} blocks none would be left")
+    if o.embedding_bits == 4:
+        if not isinstance(teacher, TransformersLM) or o.student_size != "same":
+            raise UserError(
+                "--embedding_bits 4 needs a student of transformers: the plain decoder trains its "
+                "embedding, in 8 bits"
+            )
+        if teacher.hidden_size % BLOCK:
+            raise UserError(
+                f"--embedding_bits 4: rows of {teacher.hidden_size} weights are no multiple of "
+                f"{BLOCK}"
+            )
 
 
 def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | None:
@@ -80,7 +91,14 @@ def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | 
 
 def quantize(o: argparse.Namespace, student: LanguageModel) -> None:
     first, last = o.blocks_8bit
-    quantize_model(student, o.mode, learnable_scale=o.learnable_scale, first=first, last=last)
+    quantize_model(
+        student,
+        o.mode,
+        learnable_scale=o.learnable_scale,
+        first=first,
+        last=last,
+        embedding_bits=o.embedding_bits,
+    )
 
 
 def calibrate_student(
