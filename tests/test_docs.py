@@ -13,7 +13,7 @@ import torch
 from hybrid_optimization import HybridTrainingConfig
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.models.decoder import CausalLM, ModelConfig
-from lowbit.quantization.layers import quantize_model
+from lowbit.quantization.layers import hold, quantize_model
 from lowbit.text.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -62,14 +62,18 @@ def test_studies_carry_their_provenance():
             assert {"commit", "cpu", "torch", "python"} <= record.keys()
 
 
-@pytest.mark.parametrize("mode", ["ternary", "1bit"])
+@pytest.mark.parametrize("mode", ["ternary", "1bit", "int4"])
 def test_the_guides_reader_reads_a_packed_file(tmp_path, monkeypatch, mode):
     """The same weights as ours, from numpy alone."""
     text = (ROOT / "HYBRID_OPTIMIZATION_GUIDE.md").read_text("utf-8")
     code = re.findall(r"<!-- reader -->\n```python\n(.+?)\n```", text, re.S)
     assert len(code) == 1
-    config = ModelConfig(hidden_size=40, intermediate_size=33, num_hidden_layers=2)
-    model = quantize_model(CausalLM(config).initialise(0), mode, first=1)
+    config = ModelConfig(hidden_size=32, intermediate_size=33, num_hidden_layers=2)
+    model = CausalLM(config).initialise(0)
+    if mode == "int4":
+        hold(model.embedding, 4)
+    else:
+        quantize_model(model, mode, first=1)
     (tmp_path / "student").mkdir()
     path = tmp_path / "student" / "student_quantized_ternary_1.58bit_qat.npz"
     save_packed(path, model, ByteTokenizer().describe())

@@ -24,13 +24,15 @@ from lowbit.files.packed import (
     VERSION,
     load_packed,
     pack_bits,
+    pack_nibbles,
     pack_ternary,
     save_packed,
     unpack_bits,
+    unpack_nibbles,
     unpack_ternary,
 )
 from lowbit.models.decoder import CausalLM, ModelConfig
-from lowbit.quantization.layers import low_bit_layers, quantize_model
+from lowbit.quantization.layers import hold, low_bit_layers, quantize_model
 from lowbit.text.tokenizers import ByteTokenizer
 
 TOKENIZER = ByteTokenizer().describe()
@@ -79,6 +81,29 @@ def test_bits_round_trip(codes: np.ndarray) -> None:
     assert packed.dtype == np.uint8
     assert packed.shape == ((len(codes) + 7) // 8,)
     np.testing.assert_array_equal(unpack_bits(packed, len(codes)), codes)
+
+
+@given(codes=hnp.arrays(np.int8, st.integers(0, 30).map(lambda n: 2 * n),
+                        elements=st.integers(-8, 7)))  # fmt: skip
+def test_nibbles_round_trip(codes: np.ndarray) -> None:
+    """Any even length comes back, in half of the bytes."""
+    packed = pack_nibbles(codes)
+    assert packed.dtype == np.uint8
+    assert packed.shape == (len(codes) // 2,)
+    np.testing.assert_array_equal(unpack_nibbles(packed, len(codes)), codes)
+
+
+def test_nibbles_golden_bytes() -> None:
+    """code + 8, the first in the lower half; every byte is legal and comes back."""
+    assert pack_nibbles(np.array([-8, 7, 0, 1, -8, -7])).tolist() == [0xF0, 0x98, 0x10]
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(pack_nibbles(unpack_nibbles(every, 512)), every)
+    for count in (510, 511, 513, 514):
+        with pytest.raises(ValueError, match="cannot hold"):
+            unpack_nibbles(every, count)
+    for bad in ([8, 0], [-9, 0], [0.5, 0], [float("nan"), 0]):
+        with pytest.raises(ValueError, match="codes are"):
+            pack_nibbles(np.array(bad))
 
 
 @pytest.mark.parametrize("length", range(23))
@@ -256,7 +281,7 @@ def test_members_are_the_documented_ones(packed: Path) -> None:
     assert members.keys() == {"header", "ternary", "int8", "float32", "scales"}
     header = json.loads(members.pop("header").tobytes())
     assert header.keys() == {"format", "version", "config", "tokenizer", "tensors", "notes"}
-    assert (header["format"], header["version"]) == (FORMAT, VERSION)
+    assert (header["format"], header["version"]) == (FORMAT, 1)  # as before there was int4
     for name, array in members.items():
         assert array.dtype == STREAM_DTYPES[name]
         assert array.ndim == 1
@@ -372,6 +397,7 @@ HEADERS = {
     "too many scales": (edit_tensor(0, scales=29), "scales of"),
     "scales a text": (edit_tensor(0, scales="30"), "scales of"),
     "unknown encoding": (edit_tensor(0, encoding="int4"), "unknown encoding"),
+    "no encoding of any version": (edit_tensor(0, encoding="int3"), "unknown encoding"),
     "scales as encoding": (edit_tensor(0, encoding="scales"), "unknown encoding"),
     "unhashable encoding": (edit_tensor(0, encoding=[]), "damaged"),
     "same tensor twice": (edit_tensor(1, name="model.embed_tokens.weight"), "twice"),
@@ -408,6 +434,64 @@ def test_sound_zips_with_false_content(
 ) -> None:
     """Every lie in the header or the streams is a UserError that names the file."""
     refused(rewrite(packed, tmp_path, change), message)
+
+
+@pytest.fixture(scope="module")
+def packed_nibbles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain decoder whose embedding (30, 64) and head are held in 4 bits."""
+    path = tmp_path_factory.mktemp("packed") / "nibbles.npz"
+    config = ModelConfig(
+        **{**SMALL.to_dict(), "hidden_size": 96, "num_attention_heads": 6,
+           "num_key_value_heads": 2, "tie_word_embeddings": False}
+    )  # fmt: skip
+    model = CausalLM(config).initialise(0)
+    hold(model.embedding, 4)
+    assert model.output is not None
+    hold(model.output, 4)
+    save_packed(path, model, TOKENIZER)
+    want = {k: v.clone() for k, v in model.state_dict().items()}
+    loaded = load_packed(path)[0].state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in loaded.items())
+    return path
+
+
+def test_nibbles_are_of_version_2(packed_nibbles: Path) -> None:
+    members = members_of(packed_nibbles)
+    header = json.loads(members["header"].tobytes())
+    held = [e for e in header["tensors"] if e["encoding"] == "int4"]
+    assert header["version"] == VERSION == 2
+    assert [(e["shape"], e["scales"]) for e in held] == [([30, 96], 90)] * 2
+    assert members["int4"].shape == (30 * 96,)
+    assert members["scales"].shape == (180,)
+
+
+NIBBLES = {
+    "version of before": (edit(version=1), "unknown encoding 'int4'"),
+    "a scale a row": (edit_tensor(0, scales=30), "scales of"),
+    "a scale": (edit_tensor(0, scales=1), "scales of"),
+    "a text": (edit_tensor(0, scales="90"), "scales of"),
+    "a scale too many": (edit_tensor(0, scales=91), "scales of"),
+    "rows not of 32": (edit_tensor(0, shape=[60, 48]), "scales of"),
+    "other rows": (edit_tensor(0, shape=[90, 32]), "model.embed_tokens.weight"),
+    "flat": (edit_tensor(0, shape=[2880]), "scales of"),
+    "no axis": (edit_tensor(0, shape=[]), "scales of"),
+    "three axes": (edit_tensor(0, shape=[2, 15, 96]), "scales of"),
+    "large shape": (edit_tensor(0, shape=[2**16, 2**16], scales=2**27), "wrong length"),
+    "giant shape": (edit_tensor(0, shape=[2**30, 2**30], scales=2**55), "streams do not match"),
+    "scale of NaN": (set_stream("scales", with_first(0x7FC0)), "not finite"),
+    "infinite scale": (set_stream("scales", with_first(0xFF80)), "not finite"),
+    "short stream": (set_stream("int4", lambda a: a[:-1]), ""),
+    "very long stream": (set_stream("int4", lambda a: np.zeros(10**6, a.dtype)), "wrong length"),
+    "signed type": (set_stream("int4", lambda a: a.view(np.int8)), ""),
+    "missing stream": (lambda h, m: m.pop("int4"), "streams do not match"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), NIBBLES.values(), ids=NIBBLES)
+def test_sound_zips_with_false_nibbles(
+    packed_nibbles: Path, tmp_path: Path, change: Callable, message: str
+) -> None:
+    refused(rewrite(packed_nibbles, tmp_path, change), message)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,22 @@ import torch
 import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from lowbit.models.decoder import LINEAR_NAMES, CausalLM, ModelConfig
 from lowbit.quantization.layers import (
+    AT_ONCE,
+    DIVISORS,
+    HELD_CODES,
     QATEmbedding,
     QATLinear,
     byte_codes,
     count_flips,
+    held_layers,
+    hold,
     latent,
     low_bit_layers,
+    nibble_codes,
     quantize_model,
     round_scale,
     sign_codes,
@@ -219,6 +226,106 @@ def test_constant_and_single_weights_are_reproduced() -> None:
         for quantize in (ternary_codes, sign_codes):
             codes, scale = quantize(w)
             torch.testing.assert_close(codes * scale, w, rtol=BF16_ULP / 2, atol=0)
+
+
+# ----------------------------------------------------------------------------- held in 4 bits
+
+
+def restored(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (codes.view(scale.numel(), -1) * scale.view(-1, 1)).view(codes.shape)
+
+
+@given(w=matrices(-4, 8))
+def test_nibbles_are_the_best_of_the_scales(w: torch.Tensor) -> None:
+    """No scale that may be chosen has a smaller squared error, in float64, and codes are the
+    nearest."""
+    blocks = torch.nn.functional.pad(w, (0, 64 - w.size(1))).view(-1, 32)
+    codes, scale = nibble_codes(blocks)
+    assert codes.shape == blocks.shape
+    assert codes.dtype == torch.int8
+    for row, c, s in zip(blocks.double().numpy(), codes.numpy(), scale[:, 0].tolist(), strict=True):
+        largest = row[np.abs(row).argmax()]
+        errors = []
+        for divisor in DIVISORS:
+            d = bf16(torch.tensor(-largest / divisor).float().item())
+            nearest = np.clip(np.round(row / d), -8, 7) if d else 0 * row
+            errors.append(((row - nearest * d) ** 2).sum())
+        assert ((row - c * s) ** 2).sum() <= min(errors) * (1 + 1e-4) + 1e-12 * (row**2).sum()
+        assert (np.abs(c) <= 8).all()
+        assert c.max() <= 7
+        free = np.abs(row) <= 7 * abs(s)
+        assert (np.abs(row - c * s)[free] <= abs(s) * (0.5 + 1e-4)).all()
+
+
+AWKWARD = st.sampled_from(
+    [
+        *(0.0, -0.0, 1e-45, -1e-41, 2.0**-24, -6e-5, 7e-5, 2.0**-14, -1e-3, 1.0, -1.0, 0.875),
+        *(
+            7.0,
+            8.0,
+            -8.0,
+            65504.0,
+            -1e6,
+            1e38,
+            -1e38,
+            3.4028234663852886e38,
+            -3.4028234663852886e38,
+        ),
+    ]
+)
+
+
+@given(
+    w=hnp.arrays(np.float32, (4, 64), elements=AWKWARD)
+    | hnp.arrays(np.float32, (4, 64), elements=st.floats(-1, 1, width=32))
+    | hnp.arrays(np.float32, (4, 64), elements=st.integers(-9, 9), fill=st.just(0))
+)
+def test_nibbles_rounded_again_are_the_same(w: np.ndarray) -> None:
+    """The file derives codes from what a layer holds: codes and scales must be found again."""
+    codes, scale = nibble_codes(torch.from_numpy(w))
+    held = restored(codes, scale)
+    assert torch.isfinite(held).all()
+    again, same = nibble_codes(held)
+    assert torch.equal(again, codes)
+    assert torch.equal(same, scale)
+    small = scale[scale.abs() <= 65504]
+    assert torch.equal(small, small.half().float())
+    assert torch.equal(scale, round_scale(scale))
+
+
+@pytest.mark.parametrize("power", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("seed", range(3))
+def test_nibbles_err_less_than_ggmls(power: float, seed: int) -> None:
+    gguf = pytest.importorskip("gguf")
+    w = gaussian(64, 576, seed) * power
+    kind = gguf.GGMLQuantizationType.Q4_0
+    theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind))
+    ours = restored(*nibble_codes(w))
+    assert (ours - w).square().sum() < 0.95 * (theirs - w).square().sum()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_held_layers(bits: int) -> None:
+    """Frozen, rounded in parts as in the whole, known by name, and not moved by a second time."""
+    layer = nn.Embedding(2 * AT_ONCE // 64 + 3, 64)
+    before = layer.weight.detach().clone()
+    hold(layer, bits)
+    assert not layer.weight.requires_grad
+    assert torch.equal(layer.weight, restored(*HELD_CODES[bits](before)))
+    assert list(held_layers(nn.Sequential(nn.Linear(2, 2), layer))) == [("1", bits)]
+    held = layer.weight.clone()
+    hold(layer, bits)
+    assert torch.equal(layer.weight, held)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nibbles_hide_no_broken_weight(value: float) -> None:
+    """The writer refuses what is not finite, and so must see it."""
+    layer = nn.Linear(32, 2)
+    with torch.no_grad():
+        layer.weight[1, 3] = value
+    hold(layer, 4)
+    assert torch.isfinite(layer.weight).all(dim=1).tolist() == [True, False]
 
 
 # -------------------------------------------------------------------------------- gradients

@@ -252,9 +252,8 @@ class Stored:
     def weight(self) -> np.ndarray:
         if self.scale is None:
             return self.values
-        rows, blocks = len(self.values), self.scale.shape[1]
-        values = self.values.reshape(rows, blocks, -1).astype(np.float32)
-        values *= self.scale[..., None]
+        values = self.values.reshape(self.scale.size, -1).astype(np.float32)
+        values *= self.scale.reshape(-1, 1)
         return values.reshape(self.values.shape)
 
 

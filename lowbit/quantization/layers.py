@@ -326,8 +326,7 @@ def hold(layer: nn.Embedding | nn.Linear, bits: int) -> None:
     costs nothing a step."""
     for rows in layer.weight.split(max(1, AT_ONCE // layer.weight.size(1))):
         codes, scale = HELD_CODES[bits](rows)
-        blocks = codes.view(len(rows), scale.size(1), -1) * scale[..., None]
-        rows.copy_(blocks.view_as(rows))
+        rows.copy_((codes.view(scale.numel(), -1) * scale.view(-1, 1)).view_as(rows))
     layer.weight.requires_grad_(False)
     layer.held_bits = bits  # type: ignore[assignment]
 

