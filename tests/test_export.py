@@ -28,15 +28,18 @@ WIDE = dict(
 )  # fmt: skip
 
 
-def student(folder: Path, kind: str, mode: str = "ternary", cut: str = "gpt-2", **changes) -> Path:
-    """A packed student with random codes, the first block in 8 bits."""
+def student(
+    folder: Path, kind: str, mode: str = "ternary", cut: str = "gpt-2", bits: int = 8, **changes
+) -> Path:
+    """A packed student with random codes, the first block in 8 bits, embedding and head in so
+    many."""
     if kind == "qwen3":  # transformers' reader of GGUF takes no other
         changes = {"head_dim": 128, **changes}
     net = tiny_net(kind, **{**WIDE, **changes})
     tokenizer = tiny_tokenizer(300)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
     model = TransformersLM(net)
-    quantize_model(model, mode, first=1)
+    quantize_model(model, mode, first=1, embedding_bits=bits)
     path = folder / "student.npz"
     save_packed(path, model, TeacherTokenizer(tokenizer, 320).describe())
     return path
@@ -44,8 +47,13 @@ def student(folder: Path, kind: str, mode: str = "ternary", cut: str = "gpt-2", 
 
 def stored(mode: str, rows: int = 6, width: int = 512) -> Stored:
     rng = np.random.default_rng(0)
-    values = {"ternary": [-1, 0, 1], "1bit": [-1, 1], "int8": range(-127, 128)}[mode]
-    scale = torch.rand(rows, 1, generator=torch.Generator().manual_seed(0)) * 0.1 + 1e-3
+    values = {
+        "ternary": [-1, 0, 1], "1bit": [-1, 1], "int8": range(-127, 128), "int4": range(-8, 8)
+    }[mode]  # fmt: skip
+    shape = (rows, width // 32 if mode == "int4" else 1)
+    scale = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 0.1 + 1e-3
+    if mode == "int4":
+        scale[::2] *= -1
     codes = rng.choice(values, (rows, width)).astype(np.int8)
     codes[:, :300] *= 0 if mode == "ternary" else 1  # blocks of zeros
     return Stored(mode, codes, scale.to(torch.bfloat16).float().numpy())
@@ -54,7 +62,7 @@ def stored(mode: str, rows: int = 6, width: int = 512) -> Stored:
 @pytest.mark.parametrize(
     ("kind", "mode"),
     [("tq2_0", "ternary"), ("tq1_0", "ternary"), ("q4_0", "ternary"), ("q4_0", "1bit"),
-     ("q8_0", "int8")],
+     ("q8_0", "int8"), ("q4_0", "int4")],
 )  # fmt: skip
 def test_the_formats_library_reads_the_same_weights(kind, mode):
     """To the last bit, also where a block has only zeros."""
@@ -139,6 +147,33 @@ def test_cuts_are_known_by_their_names(tmp_path, cut):
     assert (tokenizer.wrapped.bos_token, tokenizer.wrapped.eos_token) == ("<s>", "</s>")
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_of_4_bits_are_q4_0(tmp_path, tied):
+    """To the last bit, beside blocks of another type."""
+    path = student(tmp_path, "llama", bits=4, tie_word_embeddings=tied)
+    done = export_gguf(read_packed(path), tmp_path / "a.gguf")
+    assert done.low_bit == "TQ2_0"
+    found = {t.name: t for t in gguf.GGUFReader(done.path).tensors}
+    assert ("output.weight" in found) != tied
+    names = {"token_embd.weight": "model.embed_tokens.weight"}
+    if not tied:
+        names["output.weight"] = "lm_head.weight"
+    state = load_packed(path)[0].net.state_dict()
+    for theirs, ours in names.items():
+        tensor = found[theirs]
+        assert tensor.tensor_type.name == "Q4_0"
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        np.testing.assert_array_equal(values, state[ours].numpy())
+
+
+@pytest.mark.parametrize(("scale", "said"), [(-131072.0, "beyond float16"), (2.0**-25, "small")])
+def test_scales_that_float16_has_not(scale, said):
+    tensor = stored("int4")
+    tensor.scale[2, 3] = scale
+    with pytest.raises(UserError, match=rf"^x: a scale .*{said}"):
+        gguf_file.encoded("x", tensor, "tq2_0")
+
+
 # ------------------------------------------------------------------------- in a real llama.cpp
 
 
@@ -185,16 +220,18 @@ class Rounded:
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "type_", "size"),
-    [("llama", "ternary", "q4_0", 32), ("llama", "ternary", "tq2_0", 256),
-     ("llama", "ternary", "tq1_0", 256), ("llama", "1bit", "q1_0", 32),
-     ("qwen2", "ternary", "q4_0", 32), ("qwen3", "ternary", "tq2_0", 256)],
+    ("kind", "mode", "type_", "size", "more"),
+    [("llama", "ternary", "q4_0", 32, {}), ("llama", "ternary", "tq2_0", 256, {}),
+     ("llama", "ternary", "tq1_0", 256, {}), ("llama", "1bit", "q1_0", 32, {}),
+     ("qwen2", "ternary", "q4_0", 32, {}), ("qwen3", "ternary", "tq2_0", 256, {}),
+     ("llama", "ternary", "tq2_0", 256, {"bits": 4}),
+     ("llama", "ternary", "q4_0", 32, {"bits": 4, "tie_word_embeddings": False})],
 )  # fmt: skip
-def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size):
+def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
     """The engine's products round activations to 8 bits. With the same rounding our distribution
     is the engine's, up to its bfloat16 and float16 cache; without, it differs by what that
     rounding costs."""
-    path = student(tmp_path, kind, mode)
+    path = student(tmp_path, kind, mode, **more)
     export_gguf(read_packed(path), tmp_path / "a.gguf", type_)
     prompts = [[0, 40, 41, 77], list(range(10, 60)), [299, 5, 5, 5, 120]]
     found = next_tokens(tmp_path / "a.gguf", prompts)

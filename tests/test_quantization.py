@@ -301,7 +301,7 @@ def test_nibbles_err_less_than_ggmls(power: float, seed: int) -> None:
     kind = gguf.GGMLQuantizationType.Q4_0
     theirs = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(w.numpy(), kind), kind))
     ours = restored(*nibble_codes(w))
-    assert (ours - w).square().sum() < 0.95 * (theirs - w).square().sum()
+    assert (ours - w).square().sum() < 0.99 * (theirs - w).square().sum()
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -212,6 +212,34 @@ def test_the_whole_run(folders, text_file, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_whole_run_with_an_embedding_of_4_bits(text_file, tmp_path, capsys, tied):
+    """The run's lines are true, all its files hold the same weights, and what is read back and
+    rounded once more is the same file."""
+    gguf = pytest.importorskip("gguf")
+    out = tmp_path / "out"
+    teacher = tiny_folder(tmp_path / "teacher", "llama", tie_word_embeddings=tied)
+    words = f"--ternary --qat --epochs 1 --samples_per_epoch 8 --seq_len 32 --device cpu --data \
+        {text_file} --output_dir {out} --blocks_8bit 1 0 --embedding_bits 4 --export gguf"
+    assert distillation.main([*words.split(), "--teacher", str(teacher)]) == 0
+    printed = capsys.readouterr().out
+    assert "the embedding is held in 4 bits" in printed
+    assert "; int4: embedding, head; int8: 1 + 0 blocks\n" in printed
+    weights = (1 if tied else 2) * 320 * 64
+    assert f"int4 {weights:,} weights, " in printed
+    path = out / "student_quantized_ternary_1.58bit_qat.npz"
+    model, vocabulary, notes = load_packed(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "transformers")
+    with torch.no_grad():
+        assert torch.equal(theirs(IDS).logits, model(IDS).logits)
+    types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path.with_suffix(".gguf")).tensors}
+    assert types["token_embd.weight"] == types.get("output.weight", "Q4_0") == "Q4_0"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+    quantize_model(model, "ternary", first=1, embedding_bits=4)
+    save_packed(tmp_path / "again.npz", model, vocabulary, notes=notes)
+    assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize(
     "words", ["--student_layers 2", "--student_size tiny", "--student_init random"]
 )
@@ -304,6 +332,19 @@ def test_memory_that_is_not_there(llama, text_file, capsys, monkeypatch, tmp_pat
 
 def test_blocks_of_8_bits_leave_some(llama, capsys):
     assert "of 3 blocks none would be left" in refusal(capsys, llama, "--blocks_8bit", "1", "2")
+
+
+def test_embeddings_that_cannot_have_4_bits(llama, capsys, tmp_path):
+    four = ("--embedding_bits", "4")
+    assert "the plain decoder trains its embedding" in refusal(capsys, "embedded", *four)
+    text = refusal(capsys, llama, *four, "--student_size", "tiny")
+    assert "needs a student of transformers" in text
+    narrow = tiny_folder(tmp_path / "narrow", "llama", hidden_size=48)
+    capsys.readouterr()
+    assert "rows of 48 weights are no multiple of 32" in refusal(capsys, narrow, *four)
+    with pytest.raises(SystemExit):
+        distillation.main(["--embedding_bits", "3"])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_layers_that_the_teacher_has_not(llama, capsys):
