@@ -22,7 +22,7 @@ MODES = ("ternary", "1bit", "int8")
 SCOPES = ("row", "tensor")
 BLOCK = 32  # consecutive entries of a row with one scale, of 4-bit codes
 #: What a block's scale may be: its largest entry over minus one of these, which keeps that entry.
-#: In most rows it is of the same channel, and to cut it costs more than is gained elsewhere.
+#: In many rows it is of the same channel, and to cut it cost more than was gained elsewhere.
 DIVISORS = (8.0, 7.0)
 SMALLEST_HALF = 2.0**-17  # the smallest scale all of whose 8 bits float16 holds
 AT_ONCE = 1 << 18  # entries that are rounded at a time: memory stays small
