@@ -244,11 +244,70 @@ def test_the_objective_in_chunks_is_the_objective(monkeypatch, alpha, temperatur
 
 
 def reference_terms(student, teacher, labels, temperature):
-    """CE and KL (B,) by their definitions."""
+    """CE and KL (B,) by their definitions, p log p being 0 at 0."""
     ce = -torch.log_softmax(student, -1).gather(-1, labels[..., None])[..., 0].mean(1)
     p = torch.softmax(teacher / temperature, -1)
     q = torch.softmax(student / temperature, -1)
-    return ce, temperature**2 * (p * (p / q).log()).sum(-1).mean(1)
+    terms = p * (torch.where(p > 0, p, 1).log() - torch.where(p > 0, q, 1).log())
+    return ce, temperature**2 * terms.sum(-1).mean(1)
+
+
+class Masked(Head):
+    """A head whose first ``masked`` tokens cannot be."""
+
+    masked = 0
+
+    def logits(self, x, weight, bias):
+        first = torch.arange(self.vocab_size) < self.masked
+        return super().logits(x, weight, bias).masked_fill(first, -torch.inf)
+
+
+@pytest.mark.parametrize("of_student", [0, 5])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("at_once", [4 * 40, 1 << 23])
+def test_tokens_that_the_teacher_masks_count_nothing(
+    monkeypatch, at_once, temperature, of_student
+):
+    """Values and gradients, whole and in chunks, against float64: a logit of -inf is a term of 0,
+    whether the student's is finite there or not."""
+    b, t, c, v = 3, 7, 5, 40
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    student, teacher = Masked(v, c, 5.0, 0), Masked(v, c, 3.0, 1)
+    student.masked, teacher.masked = of_student, 5
+    generator = torch.Generator().manual_seed(2)
+    final = torch.randn(b, t, c, generator=generator).requires_grad_()
+    target = torch.randn(b, t, c, generator=generator)
+    labels = torch.randint(5, v, (b, t), generator=generator)
+    total, ce, kl = losses.distillation_objective(
+        student, teacher, final, target, labels, None, 0.3, temperature
+    )
+    total.backward()
+
+    exact = copy.deepcopy(student).double()
+    exact.zero_grad()
+    x = final.detach().double().requires_grad_()
+    with torch.no_grad():
+        wanted = teacher.double().head(target.double())
+    ce64, kl64 = reference_terms(exact.head(x), wanted, labels, temperature)
+    (0.3 * ce64 + 0.7 * kl64).mean().backward()
+    close = dict(rtol=1e-4, atol=1e-5)
+    assert torch.allclose(ce.double(), ce64, **close)
+    assert torch.allclose(kl.double(), kl64, **close)
+    assert torch.allclose(final.grad.double(), x.grad, **close)
+    for got, want in zip(student.parameters(), exact.parameters(), strict=True):
+        assert torch.allclose(got.grad.double(), want.grad, **close)
+
+
+@pytest.mark.parametrize("at_once", [1, 1 << 23])
+def test_a_token_that_only_the_student_masks_is_infinitely_far(monkeypatch, at_once):
+    """Told as inf, not as a number, nor as NaN."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    student, teacher = Masked(40, 5, 5.0, 0), Masked(40, 5, 3.0, 1)
+    student.masked = 5
+    final = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((2, 3), 9)
+    _, _, kl = losses.distillation_objective(student, teacher, final, final, labels, None, 0.5, 1.0)
+    assert torch.isposinf(kl).all()
 
 
 def test_few_logits_are_taken_whole():

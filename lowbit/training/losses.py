@@ -29,14 +29,15 @@ def distillation_terms(
 
     KL = tau^2 sum_v p_tau log(p_tau / q_tau), p the teacher (Hinton et al., arXiv 1503.02531,
     section 2; tau^2 keeps the gradient's size). Means over positions whose label is not IGNORED,
-    so neither depends on T.
+    so neither depends on T. Where p is 0 (a logit of -inf masks a token) a term of KL is 0.
     """
     log_q = F.log_softmax(student.float(), dim=-1)
     ce = -log_q.gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     if temperature != 1.0:
         log_q = F.log_softmax(student.float() / temperature, dim=-1)
     log_p = F.log_softmax(teacher.float() / temperature, dim=-1)
-    kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+    p = log_p.exp()
+    kl = (p * (log_p - log_q)).masked_fill(p == 0, 0).sum(-1)
     return window_means(ce, labels), window_means(kl, labels) * temperature**2
 
 
@@ -82,18 +83,19 @@ def soft_target_terms(
     out, this passes over N x V numbers a few times, autograd many. Destroys its arguments.
     """
     rows = torch.arange(len(labels), device=labels.device)
-    ce = torch.logsumexp(student, -1) - student[rows, labels]
-    level = ce + student[rows, labels]
+    level = torch.logsumexp(student, -1)
+    ce = level - student[rows, labels]
     hard = torch.softmax(student, -1) if alpha and temperature != 1.0 else None
     if temperature != 1.0:
         student, teacher = student.div_(temperature), teacher.div_(temperature)
         level = torch.logsumexp(student, -1)
     p = torch.softmax(teacher, -1)
     q = torch.softmax(student, -1)
-    difference = torch.linalg.vecdot(p, teacher.sub_(student))
-    # lse(z_t) from one entry: log p_v = z_v - lse. The difference holds z_t - z_s of that entry.
-    most = p.argmax(-1)
-    level_t = teacher[rows, most] + student[rows, most] - p[rows, most].log()
+    most = p.argmax(-1)  # lse(z_t) from one entry: log p_v = z_v - lse
+    level_t = teacher[rows, most] - p[rows, most].log()
+    # -inf and NaN of a token that the teacher masks, where p is 0, count 0.
+    gap = teacher.sub_(student).nan_to_num_(0.0, torch.inf, 0.0)
+    difference = torch.linalg.vecdot(p, gap)
     kl = (temperature**2) * (difference - level_t + level)
     soft = (1 - alpha) * temperature
     slope = q if temperature == 1.0 else q.mul_(soft)  # at 1 both terms pull by q
