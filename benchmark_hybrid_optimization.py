@@ -36,6 +36,7 @@ import torch.nn as nn
 
 import distillation
 from lowbit import RunFailed, UserError
+from lowbit.console import complain
 from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.options import (
     STEPS_PER_EPOCH,
@@ -376,7 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         return e.tell()
     except KeyboardInterrupt:
-        print("interrupted; finished runs are kept and the same command goes on", file=sys.stderr)
+        complain("interrupted; finished runs are kept and the same command goes on")
         return 130
     return 0
 

@@ -11,20 +11,17 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import io
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hybrid_optimization import (
     ConstrainedOptimizer,
@@ -32,6 +29,7 @@ from hybrid_optimization import (
     HybridTrainingConfig,
 )
 from lowbit import RunFailed, UserError, first_line
+from lowbit.console import Printer, complain, progress_bar, sayable
 from lowbit.export import export
 from lowbit.extras import require
 from lowbit.files.atomic import atomic_write, prepare_folder
@@ -68,6 +66,7 @@ from lowbit.training.preparation import (
     calibrate_student,
     choose_device,
     choose_dtype,
+    kept_denormals,
     output_paths,
     own_text,
     plan,
@@ -560,14 +559,7 @@ def train(
     if keeper and saved is None:
         keeper.start(run)
     with (
-        tqdm(
-            total=s.max_steps,
-            initial=run.t,
-            unit="step",
-            file=sys.stderr,
-            leave=False,
-            disable=not bar,
-        ) as progress,
+        progress_bar(total=s.max_steps, initial=run.t, unit="step", disable=not bar) as progress,
         keeper.stop.deferred() if keeper else nullcontext(),
     ):
         while run.t < s.max_steps:
@@ -650,7 +642,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
         }
         name, print_ = Path(o.teacher).name, s.corpus.fingerprint
         card = model_card(name, o.mode, s.max_steps, print_, losses, measured_on)
-        atomic_write(paths["transformers"] / "README.md", lambda f: f.write(card.encode()))
+        atomic_write(paths["transformers"] / "README.md", lambda f: f.write(sayable(card).encode()))
     say(f"Validation loss, nats a {unit} ({measured_on}):")
     say(f"  teacher              {teacher:.4f}")
     say(
@@ -680,28 +672,6 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
     for line in [*notes, *(f"Wrote {path}" for path in paths.values())]:
         say(line)
     return problem
-
-
-class Printer:
-    """Lines on stdout. What its encoding cannot say is replaced, and a reader who has gone (``|
-    head``) ends the printing, not the run."""
-
-    def __init__(self) -> None:
-        self.closed = False
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")
-
-    def __call__(self, line: str) -> None:
-        if self.closed:
-            return
-        try:
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
-        except OSError:  # or of a full disk
-            self.closed = True
-            # What is left in the buffer would raise once more at the end of the process.
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None]) -> None:
@@ -740,6 +710,7 @@ def run(argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None]
         raise problem
 
 
+@kept_denormals()
 def main(argv: list[str] | None = None) -> int:
     left = "no file was written"
 
@@ -756,12 +727,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as e:
         return e.tell()
     except OSError as e:
-        what = f"cannot write {e.filename or ''}: {e.strerror or e}"
-        print(f"error: {what}; {left}", file=sys.stderr)
+        complain(f"error: cannot write {e.filename or ''}: {e.strerror or e}; {left}")
         return 1
     except (Stopped, KeyboardInterrupt) as e:
         if not getattr(e, "told", False):
-            print(f"interrupted; {left}", file=sys.stderr)
+            complain(f"interrupted; {left}")
         return getattr(e, "code", 130)
     return 0
 

@@ -1,6 +1,6 @@
 """What a distillation run is made of: text, models, quantisers, losses and files."""
 
-import sys
+from lowbit.console import complain
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,7 @@ class UserError(Exception):
 
     def tell(self) -> int:
         """Say it on stderr. Returns the exit code."""
-        print(f"error: {self}", file=sys.stderr)
+        complain(f"error: {self}")
         return self.code
 
 

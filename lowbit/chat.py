@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import io
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowbit import UserError, first_line
+from lowbit.console import Printer, complain, silence
 from lowbit.export import find_packed
 from lowbit.extras import require
-from lowbit.generate import stream
+from lowbit.generate import MOST_LIKELY, stream
 from lowbit.models.interface import LanguageModel
 from lowbit.models.teacher import load_teacher
-from lowbit.options import Parser, number
+from lowbit.options import COUNT, Parser, number, words
 from lowbit.text.tokenizers import Message, TeacherTokenizer, Tokenizer, end_ids
 
 CONTEXT = 4096  # tokens of a conversation, at most, in llama.cpp
@@ -43,11 +45,11 @@ def open_server(path: Path, context: int, threads: int | None) -> Any:
     be loaded."""
     package = require("xllamacpp", "chat")
     params = package.CommonParams()
-    params.model.path, params.n_ctx, params.warmup = str(path), context, False
-    params.verbosity, params.use_jinja = -1, True
+    params.n_ctx, params.warmup, params.verbosity, params.use_jinja = context, False, -1, True
     if threads:
         params.cpuparams.n_threads = threads
     try:
+        params.model.path = str(path)
         return package.Server(params)
     except Exception as e:  # the package's own errors
         raise UserError(f"{path} cannot be loaded by llama.cpp: {first_line(e)}") from e
@@ -75,8 +77,8 @@ class LlamaCpp:
 
         asked = {
             "messages": list(messages), "stream": True, "max_tokens": o.max_tokens,
-            "temperature": o.temperature, "top_p": o.top_p, "top_k": TOP_K, "seed": o.seed,
-            "stop": o.stop,
+            "temperature": o.temperature if o.temperature >= MOST_LIKELY else 0,
+            "top_p": o.top_p, "top_k": TOP_K, "seed": o.seed, "stop": o.stop,
         }  # fmt: skip
         try:
             self.server.handle_chat_completions(asked, take)
@@ -141,6 +143,8 @@ def sure_part(text: str, stops: Sequence[str]) -> int:
 
 def find_engine(student: str, engine: str, threads: int | None) -> Engine:
     """The engine asked for, or the faster one that there is a file and a package for."""
+    if not student:
+        raise UserError("the student: an empty path")
     path = Path(student)
     ggufs = [path] if path.suffix == ".gguf" else sorted(path.glob("*.gguf"))
     packed = [find_packed(student)] if path.is_dir() and list(path.glob("*.npz")) else []
@@ -185,16 +189,16 @@ class Interrupt:
 
 def talk(engine: Engine, messages: Sequence[Message], o: argparse.Namespace) -> str:
     """Print the answer to a conversation as it comes; returns it."""
-    interrupt, said = Interrupt(), []
+    interrupt, tell, said = Interrupt(), Printer(), []
 
     def say(piece: str) -> bool:
         said.append(piece)
-        print(piece, end="", flush=True)
-        return not interrupt.pressed
+        tell(piece, end="")
+        return not (interrupt.pressed or tell.closed)
 
     with interrupt.listening():
         engine.answer(messages, o, say)
-    print()
+    tell("")
     return "".join(said)
 
 
@@ -205,7 +209,10 @@ def converse(engine: Engine, o: argparse.Namespace) -> None:
         try:
             asked = input("> ")
         except (EOFError, KeyboardInterrupt):
-            print()
+            Printer()("")
+            return
+        except (OSError, RuntimeError):  # nothing is left of stdin, or of stdout
+            silence(sys.stdout)
             return
         if asked.strip() == "/exit":
             return
@@ -220,29 +227,31 @@ def converse(engine: Engine, o: argparse.Namespace) -> None:
             messages.append({"role": "assistant", "content": answer})
         except UserError as e:
             messages.pop()
-            print(f"error: {e} (/reset forgets the conversation)", file=sys.stderr)
+            complain(f"error: {e} (/reset forgets the conversation)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="apl-chat", description=__doc__, allow_abbrev=False)
-    count = number(int, 1)
     parser.add_argument("student", help="a run's output folder, a .gguf or .npz file, or a teacher")
-    parser.add_argument("--prompt", help="answer this and end")
-    parser.add_argument("--system", help="what the conversation begins with")
+    parser.add_argument("--prompt", type=words, help="answer this and end")
+    parser.add_argument("--system", type=words, help="what the conversation begins with")
     parser.add_argument("--temperature", type=number(float, 0), default=0.7, help="default 0.7")
     parser.add_argument("--top_p", type=number(float, 0, 1), default=0.95, help="default 0.95")
-    parser.add_argument("--max_tokens", type=count, default=512, help="of an answer (default 512)")
+    parser.add_argument("--max_tokens", type=COUNT, default=512, help="of an answer (default 512)")
     parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
-    parser.add_argument("--stop", nargs="+", default=[], help="texts that end an answer")
+    stops = "texts that end an answer"
+    parser.add_argument("--stop", type=words, nargs="+", default=[], help=stops)
     parser.add_argument("--engine", choices=["auto", "llama.cpp", "torch"], default="auto")
-    parser.add_argument("--threads", type=count, help="default: the engine's own")
+    parser.add_argument("--threads", type=number(int, 1, 1024), help="default: the engine's own")
     o = parser.parse_args(argv)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     try:
         if o.prompt is not None and not o.prompt.strip():
             raise UserError("--prompt: give at least one character")
         engine = find_engine(o.student, o.engine, o.threads)
         if o.prompt is None:
-            print(f"{o.student} in {engine.name}; Ctrl-C ends an answer, /exit the program")
+            Printer()(f"{o.student} in {engine.name}; Ctrl-C ends an answer, /exit the program")
             converse(engine, o)
         else:
             messages = [{"role": "system", "content": o.system}] if o.system else []

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowbit import UserError
+from lowbit import UserError, first_line
+from lowbit.console import Printer
 from lowbit.files.gguf_file import TYPES, Exported, export_gguf
 from lowbit.files.packed import load_packed, read_packed
 from lowbit.models.transformers_lm import TransformersLM, save_folder
@@ -16,6 +17,8 @@ from lowbit.options import Parser
 def find_packed(student: str) -> Path:
     """The packed file of a student: itself, or the one in its folder. UserError for another number
     of them."""
+    if not student:
+        raise UserError("the student: an empty path")
     path = Path(student)
     if path.is_file():
         return path
@@ -44,6 +47,8 @@ def table(done: Exported) -> list[str]:
 def export(student: str, kind: str, output: str | None, type_: str | None) -> list[str]:
     """Write a student in another form; what to tell about it."""
     packed = find_packed(student)
+    if output == "":
+        raise UserError("--output: an empty path")
     if kind == "gguf":
         target = Path(output) if output else packed.with_suffix(".gguf")
         done = export_gguf(read_packed(packed), target, type_)
@@ -54,8 +59,8 @@ def export(student: str, kind: str, output: str | None, type_: str | None) -> li
     folder = Path(output) if output else packed.parent / "transformers"
     try:
         save_folder(folder, model, vocabulary["files"])
-    except OSError as e:
-        raise UserError(f"cannot write {folder}: {e.strerror}") from e
+    except (OSError, UnicodeError) as e:
+        raise UserError(f"cannot write {folder}: {first_line(e)}") from e
     return [f"Wrote {folder}"]
 
 
@@ -70,11 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="of the low-bit weights in GGUF (default: the fastest that holds them exactly)",
     )
     o = parser.parse_args(argv)
+    say = Printer()
     try:
         if o.type and o.to != "gguf":
             raise UserError("--type needs --to gguf")
         for line in export(o.student, o.to, o.output, o.type):
-            print(line)
+            say(line)
     except UserError as e:
         return e.tell()
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -11,8 +10,12 @@ import numpy as np
 import torch
 
 from lowbit import UserError
+from lowbit.console import Printer
 from lowbit.models.interface import LanguageModel
 from lowbit.models.teacher import load_teacher
+from lowbit.options import COUNT, Parser, number, words
+
+MOST_LIKELY = 1e-6  # temperatures below it take the most likely token; quotients would overflow
 
 
 @torch.no_grad()
@@ -27,9 +30,9 @@ def stream(
 ) -> Iterator[int]:
     """prompt: ids (n,), n >= 1 -> new ids without end, sampled with a key/value cache.
 
-    temperature 0 takes the most likely token. Of the top_k most likely ones those are drawn from
-    that come before their probabilities add up to top_p (nucleus sampling, arXiv 1904.09751). Where
-    the positions run out, the newer half of the text is read again.
+    temperature 0 (or below MOST_LIKELY) takes the most likely token. Of the top_k most likely ones
+    those are drawn from that come before their probabilities add up to top_p (nucleus sampling,
+    arXiv 1904.09751). Where the positions run out, the newer half of the text is read again.
     """
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
@@ -42,7 +45,7 @@ def stream(
         found = model.features(torch.tensor([feed], device=device), cache, keep=True)
         logits = model.head(found.final[0, -1]).float().cpu()
         cache, held = found.cache, held + len(feed)
-        if temperature == 0:
+        if temperature < MOST_LIKELY:
             choice = int(logits.argmax())
         else:
             top = torch.topk(logits / temperature, min(top_k, logits.numel()))
@@ -70,18 +73,18 @@ def generate(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lowbit.generate", description=__doc__)
+    parser = Parser(prog="python -m lowbit.generate", description=__doc__)
     parser.add_argument("model", help="a student's .npz or .pth, or anything --teacher takes")
-    parser.add_argument("--prompt", default="Return ", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=300, help="tokens to add (default 300)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 = most likely")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt", type=words, default="Return ", help="text to continue")
+    parser.add_argument("--tokens", type=COUNT, default=300, help="tokens to add (default 300)")
+    parser.add_argument(
+        "--temperature", type=number(float, 0), default=0.7, help="0 = most likely (default 0.7)"
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**31), default=0)
     args = parser.parse_args(argv)
     try:
         if not args.prompt:
             raise UserError("--prompt: give at least one character")
-        if args.tokens < 1 or not 0 <= args.temperature < float("inf"):
-            raise UserError("--tokens must be at least 1 and --temperature at least 0")
         model, tokenizer = load_teacher(args.model)
     except UserError as e:
         return e.tell()
@@ -92,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         temperature=args.temperature,
         seed=args.seed,
     )
-    print(args.prompt + tokenizer.decode(ids))
+    Printer()(args.prompt + tokenizer.decode(ids))
     return 0
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from lowbit import UserError
+from lowbit.console import complain
 from lowbit.models.decoder import STUDENT_SIZES
 
 #: Defaults that depend on the method and on the student's start: (from its teacher, from random
@@ -49,7 +49,7 @@ ADAMW_MOMENTUM = 0.9  # of what muon leaves to AdamW
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        complain(f"error: {message} (--help lists the flags)")
         raise SystemExit(2)
 
 
@@ -72,6 +72,18 @@ def number(
         return value
 
     return parse
+
+
+COUNT = number(int, 1, 2**31 - 1)  # what other packages hold in 32 bits
+
+
+def words(text: str) -> str:
+    """A flag's text; what the shell gave that is not UTF-8 is refused."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise argparse.ArgumentTypeError(f"expected UTF-8, not {text!r}") from e
+    return text
 
 
 def _boolean(text: str) -> bool:
@@ -124,7 +136,7 @@ def make_parser() -> Parser:
         epilog="Flags may be written with dashes or underscores.",
         allow_abbrev=False,
     )
-    count, positive = number(int, 1), number(float, 0, open_low=True)
+    count, positive = COUNT, number(float, 0, open_low=True)
     switch: dict[str, Any] = dict(nargs="?", const=True, type=_boolean, metavar="true|false")
 
     g = parser.add_argument_group("what is trained")
@@ -290,9 +302,9 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--temperature",
-        type=positive,
+        type=number(float, 0.01, 1000),
         default=1.0,
-        help="of the teacher's soft targets (default 1)",
+        help="of the teacher's soft targets, 0.01 to 1000 (default 1)",
     )
     g.add_argument(
         "--alpha",
@@ -411,6 +423,10 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         )
     o = make_parser().parse_args(spelled)
 
+    empty = [n for n in ("teacher", "output_dir", "metrics_out") if getattr(o, n) == ""]
+    empty += ["data"] * ("" in o.data)
+    if empty:
+        raise UserError(f"--{empty[0]}: an empty path")
     given = [n for n in HYBRID_DEFAULTS if getattr(o, n) is not None]
     if given and not o.hybrid:
         raise UserError(f"--{given[0]} needs --hybrid")

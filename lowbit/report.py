@@ -97,10 +97,7 @@ def plot_metrics(
 ) -> Path:
     """Losses (nats a ``unit``), step control and clusters over epochs, three panels. Needs
     matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # without pyplot: no backend is chosen
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)

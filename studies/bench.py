@@ -13,7 +13,6 @@ import multiprocessing
 import os
 import platform
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,10 +25,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from scipy.special import stdtrit
-from tqdm import tqdm
 
 from hybrid_optimization import native_bfloat16
 from lowbit import UserError, __version__
+from lowbit.console import progress_bar
 from lowbit.options import STEPS_PER_EPOCH
 
 RESAMPLES = 4000
@@ -139,7 +138,7 @@ class Bench:
         self.log = RunLog(folder / "runs.jsonl")
         self.where = machine()
         # Not drawn before there is a run (a delay above 0): an error's line should come alone.
-        self.bar = tqdm(unit="run", file=sys.stderr, leave=False, delay=1e-3)
+        self.bar = progress_bar(unit="run", delay=1e-3)
         self.used: dict[int, dict[str, Any]] = {}  # records that a result was made of
         self._pool: ProcessPoolExecutor | None = None
         self._running: dict[str, Future] = {}

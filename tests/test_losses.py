@@ -265,9 +265,7 @@ class Masked(Head):
 @pytest.mark.parametrize("of_student", [0, 5])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("at_once", [4 * 40, 1 << 23])
-def test_tokens_that_the_teacher_masks_count_nothing(
-    monkeypatch, at_once, temperature, of_student
-):
+def test_tokens_that_the_teacher_masks_count_nothing(monkeypatch, at_once, temperature, of_student):
     """Values and gradients, whole and in chunks, against float64: a logit of -inf is a term of 0,
     whether the student's is finite there or not."""
     b, t, c, v = 3, 7, 5, 40

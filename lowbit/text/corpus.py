@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from lowbit import UserError
+from lowbit.console import progress_bar
 from lowbit.text import documents as sources
 from lowbit.text.documents import Document
 from lowbit.text.tokenizers import UNCOUNTED, Tokenizer
@@ -94,8 +93,7 @@ def cached_tokens(paths: Sequence[str], tokenizer: Tokenizer) -> tuple[Path, boo
     except OSError:  # a cache that can't be written only costs time
         made = Path(tempfile.mkdtemp(prefix="apl-hybrid-"))
     size = sum(path.stat().st_size for _, path in files)
-    bar = tqdm(total=size, desc="Tokenising", unit="B", unit_scale=True, file=sys.stderr,
-               leave=False, delay=2)  # fmt: skip
+    bar = progress_bar(total=size, desc="Tokenising", unit="B", unit_scale=True, delay=2)
     try:
         with bar:
             found = (

@@ -18,6 +18,7 @@ import sysconfig
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,21 @@ def stdlib_documents() -> list[Document]:
 
 
 def cache_folder() -> Path:
-    """Where text is kept that takes time to make."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "apl-hybrid")
+    """Where text is kept that takes time to make; of this process only, where nobody is at home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "apl-hybrid")
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        return process_folder()
+
+
+def process_folder() -> Path:
+    """A temporary folder that goes with this process."""
+    return Path(_temporary().name)
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="apl-hybrid-")
 
 
 def stdlib_key() -> str:

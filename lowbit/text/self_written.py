@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from lowbit import UserError
+from lowbit.files.atomic import prepare_folder
 from lowbit.models.interface import LanguageModel
-from lowbit.text.documents import cache_folder
+from lowbit.text.documents import cache_folder, process_folder
 from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, end_ids
 
 BATCH = 32  # documents at a time
@@ -101,10 +102,14 @@ def written_by(
     progress: Callable[[int], Any] = lambda n: None,
 ) -> Path:
     """A file with at least so many tokens that the model wrote; what is there is not written
-    again. progress is told how many tokens came with each batch."""
+    again. progress is told how many tokens came with each batch. Where it cannot be kept it is in
+    a folder that goes with this process."""
     path = cached_path(model, seed)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        prepare_folder(path.parent)
+    except UserError:  # a cache that can't be written only costs time
+        path = process_folder() / path.name
+    try:
         sizes = finished_batches(path)
         for size in sizes:
             progress(size)

@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from hybrid_optimization import native_bfloat16
 from lowbit import UserError
+from lowbit.console import progress_bar
 from lowbit.models.interface import LanguageModel
 from lowbit.models.student import settle_student
 from lowbit.models.transformers_lm import TransformersLM
@@ -50,6 +50,17 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+@contextmanager
+def kept_denormals() -> Iterator[None]:
+    """After it the process flushes denormals as it did before; torch does not say whether it does,
+    a product does."""
+    flushes = not float(torch.tensor(1e-30) * torch.tensor(1e-10))
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushes)
 
 
 def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
@@ -112,11 +123,8 @@ def calibrate_student(
     batches = [*ids.split(CALIBRATION_BATCH)]
     large = isinstance(student, TransformersLM)
     with autocast(device, choose_dtype(device, original) if large else None):
-        calibrate(student, original, batches, progress=partial(progress_bar, large))
-
-
-def progress_bar(shown: bool, items: Sequence) -> Iterable:
-    return tqdm(items, "Calibrating", unit="block", file=sys.stderr, leave=False, disable=not shown)
+        bar = partial(progress_bar, desc="Calibrating", unit="block", disable=not large)
+        calibrate(student, original, batches, progress=bar)
 
 
 def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Path]:
@@ -139,9 +147,7 @@ def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Pat
 def own_text(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> str:
     """The path of text that the teacher wrote."""
     device = teacher.embedding.weight.device
-    bar = tqdm(
-        total=o.self_tokens, desc="The teacher writes", unit="token", file=sys.stderr, leave=False
-    )
+    bar = progress_bar(total=o.self_tokens, desc="The teacher writes", unit="token")
     with bar, autocast(device, choose_dtype(device, teacher)):
         return str(written_by(teacher, tokenizer, o.self_tokens, o.seed, bar.update))
 
