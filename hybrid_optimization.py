@@ -55,6 +55,7 @@ RADIUS_RANGE = (1e-3, 1.0)
 MANY_SAMPLES = 20_000  # of more, clusters are found on a sample or in small batches
 GRAM_BUCKETS = 4096  # of hashed n-grams
 HISTORY = 10_000  # newest steps that a manager keeps the numbers of
+GRAM_ROWS = 2048  # windows whose n-grams are held as a list at a time
 
 # ------------------------------------------------------------------------------ configuration
 
@@ -522,6 +523,14 @@ def text_features(ids: np.ndarray, *, components: int = 32, seed: int = 0) -> np
 
 def _gram_counts(ids: np.ndarray) -> Any:
     """Token windows (n, length) -> counts of hashed n-grams, sparse (n, GRAM_BUCKETS)."""
+    from scipy.sparse import vstack
+
+    parts = [_grams_counted(ids[i : i + GRAM_ROWS]) for i in range(0, len(ids), GRAM_ROWS)]
+    return parts[0] if len(parts) == 1 else vstack(parts, format="csr")
+
+
+def _grams_counted(ids: np.ndarray) -> Any:
+    """`_gram_counts` of a few windows."""
     from scipy.sparse import csr_matrix
 
     ids = ids.astype(np.uint64)
@@ -533,8 +542,8 @@ def _gram_counts(ids: np.ndarray) -> Any:
             h = (h ^ ids[:, i : length - width + 1 + i]) * np.uint64(0x9E3779B97F4A7C15)
             h ^= h >> np.uint64(29)
         grams.append(h % np.uint64(GRAM_BUCKETS))
-    columns = np.concatenate(grams, axis=1).astype(np.int64)
-    rows = np.repeat(np.arange(n), columns.shape[1])
+    columns = np.concatenate(grams, axis=1).astype(np.int32)
+    rows = np.repeat(np.arange(n, dtype=np.int32), columns.shape[1])
     return csr_matrix(
         (np.ones(columns.size, np.float32), (rows, columns.ravel())), shape=(n, GRAM_BUCKETS)
     )

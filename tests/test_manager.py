@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn as nn
 from toys import backward, digits, make_net, same
 
+import hybrid_optimization
 from hybrid_optimization import (
     HybridOptimizationManager,
     HybridTrainingConfig,
@@ -256,6 +258,35 @@ def test_more_clusters_than_samples(n):
     assert len(labels) == n
     for k in range(8):
         assert len(manager.get_cluster_batch(torch.zeros(n), 3, k)) == 3
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_features_in_parts_are_the_features(monkeypatch, rows):
+    """To the bit, of features and of clusters, of windows on a sample and of all."""
+    windows = np.random.default_rng(0).integers(0, 300, (100, 24))
+
+    def found() -> tuple[np.ndarray, list[int]]:
+        manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=4))
+        return text_features(windows), list(manager.setup_data_clustering(windows))
+
+    for many in (hybrid_optimization.MANY_SAMPLES, 60):
+        monkeypatch.setattr(hybrid_optimization, "MANY_SAMPLES", many)
+        monkeypatch.setattr(hybrid_optimization, "GRAM_ROWS", 1 << 20)
+        features, labels = found()
+        monkeypatch.setattr(hybrid_optimization, "GRAM_ROWS", rows)
+        again, same = found()
+        assert again.tobytes() == features.tobytes()
+        assert same == labels
+
+
+def test_features_take_little_memory():
+    """Fewer than 60 bytes a token (it was 150)."""
+    windows = np.random.default_rng(0).integers(0, 200, (12_000, 64))
+    tracemalloc.start()
+    hybrid_optimization._gram_counts(windows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 60 * windows.size
 
 
 def test_duplicates_only():
