@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lowbit.files.packed import (
     pack_bits,
     pack_nibbles,
     pack_ternary,
+    read_packed,
     save_packed,
     unpack_bits,
     unpack_nibbles,
@@ -648,3 +650,33 @@ def test_mutated_bytes(packed: Path, tmp_path: Path, seed: int) -> None:
         for name, value in got[0].state_dict().items():
             assert torch.equal(value, weights[name]), (at, how, name)
     assert refusals > 20
+
+
+def bomb(path: Path, rows: int, columns: int) -> Path:
+    """A sound file of few bytes that declares many weights."""
+    entry = {"name": "w.weight", "encoding": "ternary", "shape": [rows, columns], "scales": 1}
+    header = {
+        "format": FORMAT, "version": VERSION, "config": {}, "tokenizer": {}, "notes": {},
+        "tensors": [entry],
+    }  # fmt: skip
+    codes = np.full(-(-rows * columns // 5), 121, np.uint8)
+    raw = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    np.savez_compressed(path, header=raw, ternary=codes, scales=np.ones(1, np.uint16))
+    return path
+
+
+def test_a_file_that_would_take_all_memory(tmp_path: Path) -> None:
+    """A thousand times what any student's file of its size holds: refused before it is read."""
+    path = bomb(tmp_path / "bomb.npz", 10_000, 10_000)
+    assert path.stat().st_size < 1 << 16
+    tracemalloc.start()
+    refused(path, "100,000,000 weights are more than a file of this size can hold")
+    assert tracemalloc.get_traced_memory()[1] < 1 << 22
+    tracemalloc.stop()
+
+
+def test_small_models_may_be_anything(tmp_path: Path) -> None:
+    """All codes equal, up to ALWAYS_ROOM."""
+    assert (
+        read_packed(bomb(tmp_path / "zeros.npz", 4000, 4000)).tensors["w.weight"].values.sum() == 0
+    )

@@ -45,6 +45,8 @@ VERSION = 2
 MAX_HEADER = 1 << 20
 MAX_TOKENIZER = 1 << 26
 MAX_WEIGHTS = 1 << 33
+MAX_RATIO = 400  # of a model's float32 weights, or its tokenizer, to the file
+ALWAYS_ROOM = 1 << 26  # bytes that a file of any size may take
 STREAM_DTYPES = {
     "ternary": np.uint8,
     "1bit": np.uint8,
@@ -287,7 +289,10 @@ def load_packed(path: str | os.PathLike) -> tuple[LanguageModel, dict, dict]:
 def read_packed(path: str | os.PathLike) -> Packed:
     """What the file holds, tensor by tensor.
 
-    Sizes are checked against the header before anything of that size is read. Raises UserError
+    Sizes are checked against the header before anything of that size is read, and the header's
+    against the file's: deflate makes gigabytes of equal weights from kilobytes, which training
+    never leaves. Even binary weights are a 32nd of float32 and hardly compress, so MAX_RATIO is ten
+    times what is written here, and what stays below ALWAYS_ROOM may be anything. Raises UserError
     for whatever is not a sound file of this format.
     """
     try:
@@ -303,6 +308,7 @@ def read_packed(path: str | os.PathLike) -> Packed:
 
 def _read(z: zipfile.ZipFile, origin: str) -> Packed:
     infos = {i.filename: i for i in z.infolist()}
+    room = max(ALWAYS_ROOM, MAX_RATIO * os.stat(origin).st_size)
     known = {f"{k}.npy" for k in (*STREAM_DTYPES, "header", "tokenizer")}
     if len(infos) != len(z.infolist()) or not set(infos) <= known or "header.npy" not in infos:
         raise UserError(f"{origin}: not a packed model (its members are not the format's)")
@@ -320,7 +326,7 @@ def _read(z: zipfile.ZipFile, origin: str) -> Packed:
         raise UserError(f"{origin}: tokenizer or notes missing")
     beside = {"header.npy"} | ({"tokenizer.npy"} & set(infos))
     if "tokenizer.npy" in beside:
-        if infos["tokenizer.npy"].file_size > MAX_TOKENIZER:
+        if infos["tokenizer.npy"].file_size > min(MAX_TOKENIZER, room):
             raise UserError(f"{origin}: tokenizer too large")
         text = _member(z, "tokenizer", np.uint8, None, MAX_TOKENIZER).tobytes()
         tokenizer = {**tokenizer, "files": json.loads(text)}
@@ -343,6 +349,8 @@ def _read(z: zipfile.ZipFile, origin: str) -> Packed:
             if not fits:
                 raise UserError(f"{origin}: scales of {entry['name']} do not fit its shape")
             plan["scales"] = plan.get("scales", 0) + entry["scales"]
+    if 4 * total > room:
+        raise UserError(f"{origin}: {total:,} weights are more than a file of this size can hold")
     if total > MAX_WEIGHTS or {f"{k}.npy" for k in plan} | beside != set(infos):
         raise UserError(f"{origin}: streams do not match the header")
     for kind, count in plan.items():
