@@ -43,18 +43,13 @@ def test_many_damaged_files(sound, kind) -> None:
 def test_what_escapes_is_told(sound, monkeypatch, tmp_path) -> None:
     """An exception of another kind, and an endless loop."""
     script = Path(fuzz_readers.__file__).read_text()
+    here = "ROOT = Path(__file__).resolve().parent.parent"
+    script = script.replace(here, f"ROOT = Path({str(fuzz_readers.ROOT)!r})")
+    script = script.replace("SECONDS = 5 ", "SECONDS = 1 ")
     for body, told in (("1 / 0", "ZeroDivisionError"), ("while len(a) > 1: pass", "TooLong")):
+        lines = f"    a = [1, 2]\n    def read(path):\n        {body}\n"
         broken = tmp_path / "broken.py"
-        lines = f"    read(sound)\n    a = [1, 2]\n    def read(path):\n        {body}\n"
-        changed = script.replace("    read(sound)", lines, 1).replace(
-            "SECONDS = 5 ", "SECONDS = 1 "
-        )
-        broken.write_text(
-            changed.replace(
-                "ROOT = Path(__file__).resolve().parent.parent",
-                f"ROOT = Path({str(fuzz_readers.ROOT)!r})",
-            )
-        )
+        broken.write_text(script.replace("    read(sound)", lines, 1))
         monkeypatch.setattr(fuzz_readers, "__file__", str(broken))
         found = fuzz_readers.attack("txt", sound["txt"], 0, 0, 2)
         assert [e[1].split(":")[0] for e in found["escapes"]] == [told] * 2

@@ -124,6 +124,7 @@ def from_folder(folder: Path) -> tuple[LanguageModel, Tokenizer]:
                 folder,
                 dtype=torch.float32,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )

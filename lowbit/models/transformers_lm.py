@@ -33,7 +33,9 @@ def load_tokenizer(folder: Any) -> Any:
     """The tokenizer of a model's folder. UserError where there is none."""
     transformers = require("transformers", "hf")
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as e:  # the library raises many types
         raise UserError(
             f"--teacher: {folder} has no tokenizer that transformers can load; copy its "
