@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,22 @@ def test_giant_configs_take_no_memory(tmp_path: Path, changes: dict) -> None:
 
 class Interrupted(BaseException):
     pass
+
+
+def test_files_that_would_take_all_memory(tmp_path: Path) -> None:
+    """Compressed, or tensors that share their memory."""
+    path = saved(tmp_path, make_payload())
+    with zipfile.ZipFile(path) as z:
+        members = {n: z.read(n) for n in z.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, raw in members.items():
+            z.writestr(name, raw)
+    with pytest.raises(UserError, match="is compressed"):
+        load_float32(path)
+    one = torch.zeros(1000, 100)
+    path = saved(tmp_path, {**make_payload(), "state_dict": {str(i): one for i in range(50)}})
+    with pytest.raises(UserError, match="larger than the file"):
+        load_float32(path)
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, Interrupted, KeyboardInterrupt])

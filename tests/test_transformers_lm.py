@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -429,3 +430,20 @@ def test_smollm2_knows_the_capital_of_france():
     opening, between = chat_turns(tokenizer)
     assert tokenizer.wrapped.decode(opening).endswith("<|im_start|>user\n")
     assert tokenizer.wrapped.decode(between).endswith("<|im_start|>assistant\n")
+
+
+def test_code_beside_a_teacher_is_not_run(tmp_path):
+    """Refused, without asking at the terminal."""
+    folder = tiny_folder(tmp_path / "teacher", "llama")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    for name, keys in (
+        ("config.json", ("AutoConfig", "AutoModelForCausalLM")),
+        ("tokenizer_config.json", ("AutoTokenizer",)),
+    ):
+        values = json.loads((folder / name).read_text())
+        values |= {"auto_map": {k: "own.Own" for k in keys}, "tokenizer_class": "Own"}
+        values["auto_map"] |= {k: ["own.Own", None] for k in keys if "Tokenizer" in k}
+        (folder / name).write_text(json.dumps(values))
+        with suppress(UserError):
+            load_teacher(str(folder))
+        assert not (tmp_path / "ran").exists()

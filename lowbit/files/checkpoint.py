@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -61,9 +62,15 @@ def save_float32(
 def load_float32(path: str | os.PathLike) -> tuple[CausalLM, dict]:
     """(model, tokenizer description). Raises UserError for anything but such a checkpoint."""
     try:
+        if zipfile.is_zipfile(path):  # deflate makes gigabytes of kilobytes
+            with zipfile.ZipFile(path) as z:
+                if any(i.compress_type != zipfile.ZIP_STORED for i in z.infolist()):
+                    raise UserError(f"{path} is compressed, which no checkpoint of this project is")
         payload = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror or e}") from e
+    except UserError:
+        raise
     except Exception as e:  # torch raises many types for damaged or hostile files
         raise UserError(f"{path} is damaged, or not a checkpoint of this project") from e
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
@@ -76,6 +83,9 @@ def load_float32(path: str | os.PathLike) -> tuple[CausalLM, dict]:
     for name, v in state.items():
         if not isinstance(name, str) or not _is_plain(v):
             raise UserError(f"{path}: state_dict holds something that is not a plain tensor")
+    # Tensors may share memory, of tied weights two do.
+    if sum(v.nbytes for v in state.values()) > 2 * os.path.getsize(path):
+        raise UserError(f"{path}: its tensors are larger than the file")
     config = read_config(payload.get("config"), str(path))
     return build_model(config, state, str(path)), tokenizer
 
