@@ -403,6 +403,7 @@ HEADERS = {
     "scales as encoding": (edit_tensor(0, encoding="scales"), "unknown encoding"),
     "unhashable encoding": (edit_tensor(0, encoding=[]), "damaged"),
     "same tensor twice": (edit_tensor(1, name="model.embed_tokens.weight"), "twice"),
+    "name a number": (edit_tensor(1, name=3), "no name"),
     "unknown tensor": (edit_tensor(1, name="extra.weight"), "tensor extra.weight"),
     "other layout": (lambda h, m: h["tensors"].reverse(), ""),
     "one tensor less": (lambda h, m: h["tensors"].pop(), ""),

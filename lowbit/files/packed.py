@@ -349,14 +349,14 @@ def _read(z: zipfile.ZipFile, origin: str) -> Packed:
             if not fits:
                 raise UserError(f"{origin}: scales of {entry['name']} do not fit its shape")
             plan["scales"] = plan.get("scales", 0) + entry["scales"]
-    if 4 * total > room:
-        raise UserError(f"{origin}: {total:,} weights are more than a file of this size can hold")
     if total > MAX_WEIGHTS or {f"{k}.npy" for k in plan} | beside != set(infos):
         raise UserError(f"{origin}: streams do not match the header")
     for kind, count in plan.items():
         nbytes = count * np.dtype(STREAM_DTYPES[kind]).itemsize
         if not nbytes <= infos[f"{kind}.npy"].file_size <= nbytes + 1024:
             raise UserError(f"{origin}: stream {kind} has the wrong length")
+    if 4 * total > room:
+        raise UserError(f"{origin}: {total:,} weights are more than a file of this size can hold")
     streams = {k: _member(z, k, STREAM_DTYPES[k], n) for k, n in plan.items()}
 
     cursors = dict.fromkeys(streams, 0)
@@ -379,8 +379,8 @@ def _read(z: zipfile.ZipFile, origin: str) -> Packed:
             found = Stored(kind, codes, scale)
         else:
             found = Stored(kind, take(kind, count).reshape(shape).astype(np.float32))
-        if entry["name"] in tensors:
-            raise UserError(f"{origin}: tensor {entry['name']} occurs twice")
+        if not isinstance(entry["name"], str) or entry["name"] in tensors:
+            raise UserError(f"{origin}: tensor {entry['name']} occurs twice, or is no name")
         tensors[entry["name"]] = found
     return Packed(header["config"], tokenizer, header["notes"], tensors)
 
