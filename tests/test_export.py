@@ -258,6 +258,7 @@ def test_the_command(tmp_path, capsys):
     assert (tmp_path / "student.gguf").exists()
     assert f"{(tmp_path / 'student.gguf').stat().st_size:,} bytes" in out
     assert export.main([str(path), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
+    assert capsys.readouterr().err == ""
     from transformers import AutoModelForCausalLM
 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")

@@ -80,6 +80,12 @@ def test_an_error_names_them(words, tmp_path, monkeypatch, capsys, flag, name) -
     assert not any(p.is_file() or p.name == ODD for p in tmp_path.rglob("*"))
 
 
+def test_a_folder_of_transformers_is_not_called_damaged(tmp_path) -> None:
+    (tmp_path / ODD).mkdir()
+    with pytest.raises(UserError, match="the name is not UTF-8; rename it"):
+        load_teacher(str(tmp_path / ODD))
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
 def test_every_stream_says_them(monkeypatch, encoding) -> None:
     raw = [io.BytesIO(), io.BytesIO()]

@@ -139,6 +139,10 @@ def from_folder(folder: Path) -> tuple[LanguageModel, Tokenizer]:
 
 def check_folder(folder: Path) -> None:
     """UserError for what is missing or unsafe in a model's folder, before anything is loaded."""
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError as e:  # safetensors opens no such file
+        raise UserError(f"--teacher: {folder}: the name is not UTF-8; rename it") from e
     names = {p.name for p in folder.iterdir()}
     if "adapter_config.json" in names and "config.json" not in names:
         raise UserError(

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import io
 import json
 import os
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +197,8 @@ def save_folder(folder: Path, model: TransformersLM, tokenizer_files: dict[str, 
     float32, and the tokenizer's files. Every file is written beside the folder first."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        model.net.save_pretrained(name)
+        with redirect_stderr(io.StringIO()):  # a bar
+            model.net.save_pretrained(name)
         for file, text in tokenizer_files.items():
             Path(name, file).write_text(text, "utf-8")
         for path in sorted(Path(name).iterdir()):
