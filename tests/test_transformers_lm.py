@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from families import CHAT, FAMILIES, tiny_folder, tiny_net, tiny_tokenizer, write_gguf
+from families import CHAT, FAMILIES, SHAPE, tiny_folder, tiny_net, tiny_tokenizer, write_gguf
 
 import distillation
 from lowbit import UserError
@@ -23,7 +23,7 @@ from lowbit.generate import generate
 from lowbit.models.interface import block_calls, wiring
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import FAMILIES as TRIED
-from lowbit.models.transformers_lm import TransformersLM, clone
+from lowbit.models.transformers_lm import TransformersLM, clone, from_config
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import QATLinear, latent, low_bit_layers, quantize_model
 from lowbit.text.self_written import chat_turns
@@ -447,3 +447,13 @@ def test_code_beside_a_teacher_is_not_run(tmp_path):
         with suppress(UserError):
             load_teacher(str(folder))
         assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"use_cache": 1e308}, {"pad_token_id": "a"}, {"pad_token_id": 400}]
+)
+def test_odd_values_of_a_configuration(change):
+    """Whatever the library raises for them."""
+    values = {"model_type": "llama", **SHAPE, **change}
+    with pytest.raises(UserError, match="not a model's configuration"):
+        from_config(values)

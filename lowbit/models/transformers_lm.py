@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from lowbit import UserError
+from lowbit import UserError, first_line
 from lowbit.extras import require
 from lowbit.models.interface import Features, LanguageModel, hooked, require_state
 
@@ -170,8 +170,12 @@ def from_config(values: dict[str, Any]) -> TransformersLM:
         refuse_kind(config.get_text_config().model_type)
         config.dtype = "float32"
         return TransformersLM(transformers.AutoModelForCausalLM.from_config(config))
-    except (KeyError, ValueError, TypeError, RuntimeError, OverflowError) as e:
-        raise UserError(f"not a model's configuration that transformers knows: {e}") from e
+    except UserError:
+        raise
+    except Exception as e:  # the library raises many types
+        raise UserError(
+            f"not a model's configuration that transformers knows: {first_line(e)}"
+        ) from e
 
 
 def build_transformers(
