@@ -29,11 +29,12 @@ def silence(stream: Any) -> None:
 
 
 def complain(line: str) -> None:
-    """A line on stderr."""
+    """A line on stderr, above a bar that is drawn there."""
     if sys.stderr is None:  # closed before the start: print would take stdout
         return
     try:
-        print(sayable(line), file=sys.stderr, flush=True)
+        tqdm.write(sayable(line), file=sys.stderr)
+        sys.stderr.flush()
     except (OSError, ValueError):
         silence(sys.stderr)
 

@@ -93,9 +93,11 @@ def soft_target_terms(
     q = torch.softmax(student, -1)
     most = p.argmax(-1)  # lse(z_t) from one entry: log p_v = z_v - lse
     level_t = teacher[rows, most] - p[rows, most].log()
-    # -inf and NaN of a token that the teacher masks, where p is 0, count 0.
-    gap = teacher.sub_(student).nan_to_num_(0.0, torch.inf, 0.0)
+    gap = teacher.sub_(student)
     difference = torch.linalg.vecdot(p, gap)
+    # -inf and NaN of a token that the teacher masks, where p is 0, count 0. A GPU is not asked.
+    if gap.device.type != "cpu" or not bool(torch.isfinite(difference).all()):
+        difference = torch.linalg.vecdot(p, gap.nan_to_num_(0.0, torch.inf, 0.0))
     kl = (temperature**2) * (difference - level_t + level)
     soft = (1 - alpha) * temperature
     slope = q if temperature == 1.0 else q.mul_(soft)  # at 1 both terms pull by q

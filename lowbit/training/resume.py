@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import torch.nn as nn
-from tqdm import tqdm
 
 import lowbit
 from lowbit import RunFailed, UserError
+from lowbit.console import complain
 from lowbit.files.saved_run import MANIFEST, Checkpoints, Saved
 from lowbit.options import parse_options
 from lowbit.signals import Stop, Stopped
@@ -60,12 +59,6 @@ class Events:
         line = json.dumps({"time": now, "event": event, "step": step, **values})
         with suppress(OSError), self.path.open("a", encoding="utf-8") as f:
             f.write(line + "\n")
-
-
-def tell(line: str) -> None:
-    """On stderr, above a progress bar."""
-    with suppress(OSError):
-        tqdm.write(line, file=sys.stderr)
 
 
 def print_of(model: nn.Module) -> str:
@@ -137,7 +130,7 @@ class Keeper:
                     f"stopped at step {run.t}, which could not be saved ({e.strerror}); go on from "
                     f"the checkpoint before with --resume {self._folder}"
                 ) from e
-            tell(
+            complain(
                 f"stopped at step {run.t} of {self.max_steps}, saved in {path}; go on with "
                 f"--resume {self._folder}"
             )
@@ -179,7 +172,7 @@ class Keeper:
         except OSError as e:
             self._last = time.monotonic()  # until then
             self.events("save failed", run.t, reason=str(e.strerror))
-            tell(f"warning: no checkpoint of step {run.t}: {e.strerror}; the run goes on")
+            complain(f"warning: no checkpoint of step {run.t}: {e.strerror}; the run goes on")
 
     def after_skip(self, run: Trained, loss: float, gradient: float) -> None:
         """A step was skipped because a number was not finite. After MAX_CONSECUTIVE_SKIPS in a
@@ -245,7 +238,7 @@ def find(folder: Path) -> Saved | None:
     """The newest checkpoint of the run in a folder; None where no run is there. Finished where
     its files are written, UserError where every checkpoint is damaged."""
     checkpoints = Checkpoints(folder)
-    saved = checkpoints.newest(lambda line: tell(f"warning: {line}"))
+    saved = checkpoints.newest(lambda line: complain(f"warning: {line}"))
     if saved is None and checkpoints:
         raise UserError(f"--resume: no checkpoint in {checkpoints.folder} is whole")
     done = sorted(folder.glob("student_quantized_*.npz"))
