@@ -43,6 +43,7 @@ __all__ = [
     "ConstrainedOptimizer",
     "ConstrainedUpdateInfo",
     "HybridOptimizationManager",
+    "HybridOptimizer",
     "HybridTrainingConfig",
     "KMeansClustering",
     "TrainingState",
@@ -175,6 +176,12 @@ _GROUP_RULES: dict[str, _Rule] = {
 def _check(name: str, value: Any, rule: _Rule | None) -> None:
     if rule is not None and not rule[0](value):
         raise ValueError(f"{name} must be {rule[1]}, not {value!r}")
+
+
+def _check_option(name: str, value: Any) -> None:
+    """Of a group of parameters; a rate may be a tensor of one number, as in torch's optimisers."""
+    number = name == "lr" and isinstance(value, Tensor) and value.numel() == 1
+    _check(name, float(value) if number else value, _GROUP_RULES.get(name))
 
 
 @dataclass
@@ -618,6 +625,12 @@ def equal_blocks(side: int, at_most: int) -> int:
 
 
 def _require_dense(grads: Iterable[Tensor]) -> None:
+    grads = list(grads)
+    if any(hasattr(g, "device_mesh") for g in grads):
+        raise RuntimeError(
+            "ConstrainedOptimizer cannot step sharded tensors (FSDP2, DTensor); use "
+            "DistributedDataParallel"
+        )
     if any(g.is_sparse or g.is_complex() for g in grads):
         raise RuntimeError(
             "ConstrainedOptimizer needs dense, real gradients (embeddings: sparse=False)"
@@ -633,9 +646,9 @@ def parameter_kind(name: str, p: Tensor, embeddings: set[int], head: int | None)
     return "head" if id(p) == head or re.search(r"(^|\.)(lm_)?head\.", name) else "matrix"
 
 
-def named_kinds(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
-    """Every trainable parameter with its name and kind. A head is what is named so and, in a model
-    without embeddings, the last of several linear layers."""
+def named_kinds(model: nn.Module, *, frozen: bool = False) -> list[tuple[str, nn.Parameter, str]]:
+    """Every trainable parameter (with ``frozen`` the others, too) with its name and kind. A head is
+    what is named so and, in a model without embeddings, the last of several linear layers."""
     embeddings = {
         id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
     }
@@ -644,7 +657,7 @@ def named_kinds(model: nn.Module) -> list[tuple[str, nn.Parameter, str]]:
     return [
         (n, p, parameter_kind(n, p, embeddings, head))
         for n, p in model.named_parameters()
-        if p.requires_grad
+        if p.requires_grad or frozen
     ]
 
 
@@ -846,9 +859,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             kind=None,
             clusters=None,
         )
-        _check("lr", lr, _POSITIVE)
+        _check("lr", float(lr) if isinstance(lr, Tensor) else lr, _POSITIVE)
         for name, value in defaults.items():
-            _check(name, value, _GROUP_RULES.get(name))
+            _check_option(name, value)
         if isinstance(params, nn.Module):
             groups: dict[str, list[Tensor]] = {}
             for _, p, kind in named_kinds(params):
@@ -866,7 +879,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         """As torch's. Clusters that no other group has get a region of their own."""
         group = dict(param_group)
         for name, value in group.items():
-            _check(name, value, _GROUP_RULES.get(name))
+            _check_option(name, value)
         params = group["params"]
         if not isinstance(params, (Tensor, set)):  # a set has no order: torch refuses it
             params = group["params"] = list(params)
@@ -885,16 +898,33 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but what is float32 stays float32, whatever the parameters are; the state
-        is copied."""
+        is copied. ValueError for the state of another optimiser or of other parameters."""
+        self._refuse_others(state_dict)
         super().load_state_dict(state_dict)
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for p, key in zip(group["params"], saved["params"], strict=True):
                 for name, value in state_dict["state"].get(key, {}).items():
                     if isinstance(value, Tensor):
                         self.state[p][name] = value.to(p.device, copy=True)
-        if "region" in self.state:
-            region = self.state["region"]  # type: ignore[index]
-            self.state["region"] = {k: v.clone() for k, v in region.items()}  # type: ignore[index]
+
+    def _refuse_others(self, state_dict: dict[str, Any]) -> None:
+        """Where sizes of groups differ, torch says so."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for i, (p, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
+                state = state_dict["state"].get(key)
+                if not state:
+                    continue
+                if "mean" not in state:
+                    raise ValueError(
+                        f"load_state_dict: this is the state of another optimiser (it holds "
+                        f"{', '.join(map(str, state))})"
+                    )
+                if state["mean"].shape != p.shape:
+                    names = group.get("param_names") or [f"parameter {i} of its group"]
+                    raise ValueError(
+                        f"load_state_dict: {names[i % len(names)]} has shape {tuple(p.shape)}, its "
+                        f"state {tuple(state['mean'].shape)}"
+                    )
 
     @staticmethod
     def apply_constraint(update: Any, constraint_radius: float) -> tuple[Any, bool]:
@@ -967,7 +997,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         ]
 
     def _region_of_new_clusters(self) -> None:
-        if "region" not in self.state:
+        if "region" not in self.param_groups[0]:
             return
         region, radii = self._region, self._first_radii()
         new = radii[len(region["centre"]) :]
@@ -980,17 +1010,19 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     def _region(self) -> dict[str, Tensor]:
         groups = self.param_groups
         device = next((p.device for g in groups for p in g["params"]), torch.device("cpu"))
-        if "region" not in self.state:  # a key that is not a tensor survives state_dict()
+        # In a group it is part of every state dict, torch.distributed.checkpoint's included.
+        held = groups[0] if groups else {}
+        if "region" not in held:
             radii = torch.tensor(self._first_radii(), device=device)
-            self.state["region"] = {  # type: ignore[index]
+            held["region"] = {
                 "centre": radii,
                 "log_factor": torch.zeros_like(radii),
                 "norm": torch.zeros((), device=device),
                 "seen": torch.zeros((), device=device),
             }
-        region = self.state["region"]  # type: ignore[index]
+        region = held["region"]
         if region["centre"].device != device:
-            # load_state_dict moves what belongs to a parameter only.
+            # load_state_dict moves what belongs to a parameter only
             region.update({name: x.to(device) for name, x in region.items()})
         return region
 
@@ -1002,15 +1034,16 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         self,
         closure: Callable[[], float] | None = None,
         *,
+        lr_scale: float = 1.0,
         radius_scale: float = 1.0,
         cap: float = 1.0,
         keep_step: bool = False,
         gradient_norm: Tensor | None = None,
     ) -> float | None:
-        """One step. radius_scale multiplies every region for this step (a schedule's share of
-        the learning rate belongs here too); cap, in (0, 1], cuts every proposal, decay included,
-        to that share before its region is asked; keep_step remembers the step for `slope`;
-        gradient_norm spares its computation where the caller knows it.
+        """One step. lr_scale multiplies every group's rate, and radius_scale every region, for this
+        step (a schedule's share of the learning rate belongs into both); cap, in (0, 1], cuts every
+        proposal, decay included, to that share before its region is asked; keep_step remembers the
+        step for `slope`; gradient_norm spares its computation where the caller knows it.
 
         A gradient that is not finite skips the step and leaves weights and running means alone.
         On a GPU the host never waits, so that only the count of steps, which the means are
@@ -1045,8 +1078,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         live = [live[i] for indices in buckets for i in indices]
         layout = self._layout(live)
         params = [p for p, *_ in live]
-        rates = [group["lr"] for *_, group in live]
-        decays = [cap * group["lr"] * group["weight_decay"] for *_, group in live]
+        rates = [lr_scale * float(group["lr"]) for *_, group in live]
+        decays = [
+            cap * rate * group["weight_decay"]
+            for rate, (*_, group) in zip(rates, live, strict=True)
+        ]
         moves: list[tuple[_Bucket, slice, Tensor, Tensor]] = []
         sizes = []
         start = 0
@@ -1324,6 +1360,344 @@ class _Running:
         return self.mean
 
 
+class Guidance:
+    """How long the next step should be, and how wide its region, from what the last one showed.
+
+    With s the last step, a = <g_before, s> and b = <g_after, s> (running means), kappa = b/a says
+    how much of the promised descent is still there after the step: 1 for a tiny step, 0 at the
+    minimum along it, negative beyond; (1 + kappa)/2 is the trust-region ratio of actual to
+    predicted reduction on a quadratic. Above KAPPA[1] the wanted length of a step grows, below
+    KAPPA[0] it shrinks; between them it stays, and the schedule anneals. Where the loss is concave
+    kappa stays near 1 however long the step, hence LONGEST. The network learns to foresee that
+    correction.
+
+    The multiplier is what brings the base rate to the wanted length, so the base rate itself
+    hardly matters; what a multiplier of 0.1 leaves too long, a cap cuts.
+
+    network: None for the plain rule, a multiplier of 1. step_length: as the configuration's.
+    """
+
+    KAPPA_RATE = 0.2  # of the running means whose ratio is kappa
+    KAPPA = (-0.4, 0.3)  # between these the length is left alone; see EXPERIMENTS.md
+    GAIN = 0.4  # decades an observation, for each unit of kappa beyond them
+    LONGEST = 0.14  # kappa grows no wanted length beyond this (or a longer step_length)
+    GUIDED = 0.3  # share of the run after which the length is left to the schedule
+    SETTLE = 0.05  # share of the run in which regions are fitted to the proposals at once
+
+    def __init__(self, network: AuxiliaryNeuralNetwork | None, step_length: float) -> None:
+        self.network, self.step_length = network, step_length
+        self.fast, self.slow, self.norm = _Running(0.3), _Running(0.05), _Running(0.05)
+        self.descent, self.curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
+        self.promised: float | None = None  # <g_t, s_t> of the newest step
+        self.proposal: float | None = None  # log10 of its length over the region's centre
+        self.kappa = 0.0
+        self.length = math.log10(step_length)  # wanted, at the schedule's peak
+        self.peak = 0.0  # the largest base rate seen
+        self.share = 1.0  # of the peak rate, by the schedule, at the newest step
+
+    def describe(self, loss: float, norm: float, cluster_id: int, step: int) -> TrainingState:
+        """A step in numbers, which join the running means where they are finite."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.fast.update(loss)
+            self.slow.update(loss)
+            self.norm.update(norm)
+        return TrainingState(
+            current_loss=loss,
+            gradient_magnitude=norm,
+            cluster_id=int(cluster_id),
+            loss_trend=self.fast.mean - self.slow.mean,
+            gradient_variance=self.norm.deviation**2,
+            step_number=int(step),
+        )
+
+    def advise(self, state: TrainingState) -> tuple[float, float]:
+        """(multiplier, decades by which to shift the radius) of the network alone."""
+        if self.network is None or not self.peak:
+            return 1.0, 0.0
+        return self.network.predict(state)
+
+    def lead(
+        self, optimizer: ConstrainedOptimizer, state: TrainingState, left: float
+    ) -> tuple[float, float, float]:
+        """(multiplier, decades by which to shift the radius, cap) for the step to come, whose
+        gradients are there. left: how much guidance still counts, 1 at the start, 0 at its end."""
+        if self.network is None or not self.peak:
+            return 1.0, 0.0, 1.0
+        wish = None
+        if self.promised is not None:
+            a = self.descent.update(self.promised)
+            b = self.curved.update(float(optimizer.slope()))
+            self.promised = None
+            if a < 0:
+                self.kappa = b / a
+                low, high = self.KAPPA
+                excess = max(self.kappa - high, 0.0) + min(self.kappa - low, 0.0)
+                excess = min(max(excess, -0.5), 0.5)
+                wish = self.GAIN * excess * self.share * max(left, 0.0)
+                longest = math.log10(max(self.LONGEST, self.step_length))
+                wish = min(wish, max(longest - self.length, 0.0))
+                self.length += wish
+        if self.proposal is not None:
+            self.network.learn(wish, self.proposal)
+            self.proposal = None
+        foreseen, shift = self.network.predict(state)
+        nominal = optimizer.RELATIVE_GAIN * self.peak
+        wanted = self.length + math.log10(foreseen) - math.log10(nominal)
+        low, high = (math.log10(x) for x in MULTIPLIER_RANGE)
+        clipped = min(max(wanted, low), high)
+        return 10.0**clipped, shift, 10.0 ** min(wanted - clipped, 0.0)
+
+    def learn_from(
+        self, optimizer: ConstrainedOptimizer, *, measured: bool, proposed: bool, settles: bool
+    ) -> None:
+        """After a step. measured: it was kept, for its slope; proposed: the network learns its
+        proposal's length; settles: regions are fitted to the proposals at once."""
+        if measured:
+            self.promised = float(optimizer.slope())
+        if proposed:
+            self.proposal = optimizer.proposal_log10
+        if settles:
+            excess = min(max(optimizer.proposal_log10 + 0.1, -0.5), 0.5)
+            optimizer.scale_regions(10.0 ** (0.5 * excess))
+
+    _PLAIN = ("promised", "proposal", "kappa", "length", "peak", "share")
+    _AVERAGES = ("fast", "slow", "norm", "descent", "curved")
+
+    def state_dict(self) -> dict[str, Any]:
+        """In plain types and tensors."""
+        return {
+            **{k: getattr(self, k) for k in self._PLAIN},
+            **{k: dict(vars(getattr(self, k))) for k in self._AVERAGES},
+            "network": self.network.training_state() if self.network else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for k in self._PLAIN:
+            setattr(self, k, state[k])
+        for k in self._AVERAGES:
+            vars(getattr(self, k)).update(state[k])
+        if self.network is not None and state["network"] is not None:
+            self.network.load_training_state(copy.deepcopy(state["network"]))
+
+
+#: What `HybridOptimizer` starts from, by where the weights come from (EXPERIMENTS.md).
+_FROM_SCRATCH = {"lr": 6e-3, "momentum": 0.8, "weight_decay": 0.5, "use_matrix_geometry": True}
+_PRETRAINED = {"lr": 3e-4, "momentum": 0.6, "weight_decay": 1e-5, "use_matrix_geometry": False}
+
+
+class HybridOptimizer(ConstrainedOptimizer):
+    """`ConstrainedOptimizer` with its guidance and schedule inside, for any loop or trainer.
+
+        optimizer = HybridOptimizer(model, max_steps=1000)
+        ...
+        loss.backward()
+        optimizer.step()
+
+    params: an nn.Module (best: embeddings and heads are recognised), ``named_parameters()``,
+    parameters, or groups. pretrained: the weights are to be changed, not made; steps are then
+    short. Whatever is given for lr, momentum, weight_decay or an option of `ConstrainedOptimizer`
+    replaces what these two start from. step_length, as the configuration's, is where guidance
+    starts: at most its LONGEST.
+
+    Schedule. With max_steps the rate rises over `warmup_fraction` of them and falls to 0 at their
+    end; after that it goes on at half the rate, falling as 1/sqrt(t). Without max_steps it falls as
+    1/t from step ANNEAL on, and never ends; `end_in` lets it fall to 0 over so many steps more. A
+    schedule of the caller's, an LRScheduler's or one that writes group["lr"], replaces all that.
+
+    Guidance is `Guidance`: it needs no loss, but is shown one by a closure or by `observe`. The
+    rate that was used is group["guided_lr"]; group["lr"] is the caller's and is never written.
+
+    Reading slopes and norms waits for a GPU. Raises ValueError for options that make no sense.
+    """
+
+    ANNEAL = 100  # steps before a rate without a horizon begins to fall
+    WARMUP = 20  # its steps of warm-up
+    LONGEST_WARMUP = 100  # steps
+    OVERTIME = 0.5  # of the rate, just after max_steps
+
+    def __init__(
+        self,
+        params: nn.Module | Iterable[Any],
+        max_steps: int | None = None,
+        *,
+        pretrained: bool = False,
+        warmup_fraction: float = 0.05,
+        step_length: float | None = None,
+        guided: bool = True,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if max_steps is not None:
+            _check("max_steps", max_steps, _COUNT)
+        _check("warmup_fraction", warmup_fraction, _RULES["warmup_fraction"])
+        _check("seed", seed, _RULES["seed"])
+        start: dict[str, Any] = {**(_PRETRAINED if pretrained else _FROM_SCRATCH)}
+        nominal = self.RELATIVE_GAIN * start["lr"]
+        start |= options
+        decay = start.pop("weight_decay")
+        super().__init__(_grouped(params, decay), **start)
+        if step_length is not None:
+            _check("step_length", step_length, _POSITIVE)
+        network = AuxiliaryNeuralNetwork(seed=seed) if guided else None
+        if network is not None:
+            network.radius_center = self.defaults["initial_radius"]
+        self.max_steps, self.warmup_fraction = max_steps, warmup_fraction
+        longest = Guidance.LONGEST if guided else math.inf
+        self.guidance = Guidance(network, min(step_length or nominal, longest))
+        self.steps = 0  # taken or skipped
+        self._ending: tuple[int, int] | None = None  # from which step, over how many
+        self._loss = 0.0
+        self._known_lr = float(self.param_groups[0]["lr"])
+        self._outer = False  # somebody else's schedule is at work
+
+    # An optimiser is copied and pickled by what torch names, plus this.
+    _OWN = ("max_steps", "warmup_fraction", "guidance", "steps", "_ending", "_loss", "_known_lr",
+            "_outer")  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{k: getattr(self, k) for k in self._OWN}}
+
+    def observe(self, loss: Any) -> None:
+        """Show the loss of the step to come; guidance works without. Where several processes train
+        it is not used: theirs differ, and their steps must not."""
+        group = torch.distributed
+        if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+            return
+        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        self._loss = value if math.isfinite(value) else self._loss
+
+    def end_in(self, steps: int) -> None:
+        """From now on let the rate fall to 0, linearly, over so many steps."""
+        _check("steps", steps, _COUNT)
+        self._ending = (self.steps, steps)
+
+    def schedule(self, step: int) -> float:
+        """Share of the peak rate at a step (from 0), where no schedule of the caller's rules."""
+        if self.max_steps is None:
+            share = min((step + 1) / self.WARMUP, 1.0) * min(self.ANNEAL / max(step, 1), 1.0)
+        elif step < self.max_steps:
+            # A horizon that is far too long should not mean a warm-up that is.
+            warmup = min(self.warmup_fraction, self.LONGEST_WARMUP / self.max_steps)
+            share = schedule_factor(step, self.max_steps, warmup, "linear")
+        else:
+            share = self.OVERTIME * math.sqrt(self.max_steps / step)
+        if self._ending is not None:
+            begin, steps = self._ending
+            share *= max(0.0, 1 - (step - begin) / steps)
+        return share
+
+    def _share(self) -> float:
+        """Of the peak rate, for the step to come; what it is a share of is noted."""
+        group = self.param_groups[0]
+        lr = float(group["lr"])
+        if lr == 0:
+            return 0.0
+        self._outer = self._outer or "initial_lr" in group or lr != self._known_lr
+        if self._outer:
+            peak = float(group.get("initial_lr", 0.0)) or max(self.guidance.peak, self._known_lr)
+            self.guidance.peak = max(peak, lr)
+            return lr / self.guidance.peak
+        self.guidance.peak = lr
+        return self.schedule(self.steps)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One step. A gradient that is not finite skips it: weights, moments and guidance stay."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self.observe(loss)
+        norm = self.gradient_norm()
+        magnitude = float(norm)
+        share = self._share()
+        step, guidance = self.steps, self.guidance
+        self.steps += 1
+        if not math.isfinite(magnitude):
+            super().step(gradient_norm=norm)
+            return loss
+        state = guidance.describe(self._loss, magnitude, 0, step)
+        horizon = self.max_steps or math.inf
+        # Without a horizon guidance fades as the rate does.
+        left = (
+            1 - step / (guidance.GUIDED * horizon)
+            if self.max_steps
+            else self.ANNEAL / (self.ANNEAL + step)
+        )
+        multiplier, shift, cap = guidance.lead(self, state, left)
+        guidance.share = share
+        factor = (1.0 if self._outer else share) * multiplier
+        for group in self.param_groups:
+            group["guided_lr"] = factor * cap * group["lr"]
+        learns = guidance.network is not None and share > 0
+        measured = learns and step % 2 == 0 and left > 0
+        super().step(
+            lr_scale=factor,
+            radius_scale=share * 10.0**shift,
+            cap=cap,
+            keep_step=measured,
+            gradient_norm=norm,
+        )
+        guidance.learn_from(
+            self,
+            measured=measured,
+            proposed=learns and step % 2 == 0,
+            settles=learns
+            and bool(self.param_groups[0]["adapt_radius"])
+            and step < (guidance.SETTLE * horizon if self.max_steps else self.WARMUP),
+        )
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; the first group holds the guidance, too."""
+        state = super().state_dict()
+        if state["param_groups"]:
+            own = {k: getattr(self, k) for k in self._OWN if k != "guidance"}
+            own["guidance"] = self.guidance.state_dict()
+            state["param_groups"][0] = {**state["param_groups"][0], "hybrid": own}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the state is copied. ValueError for another optimiser's."""
+        groups = state_dict["param_groups"]
+        own = groups[0].get("hybrid") if groups else None
+        if own is None:
+            raise ValueError("load_state_dict: this is not the state of a HybridOptimizer")
+        plain = [{k: v for k, v in group.items() if k != "hybrid"} for group in groups]
+        super().load_state_dict({**state_dict, "param_groups": plain})
+        for k in self._OWN:
+            if k != "guidance":
+                setattr(self, k, copy.deepcopy(own[k]))
+        self.guidance.load_state_dict(own["guidance"])
+
+
+def _grouped(params: nn.Module | Iterable[Any], decay: float) -> list[dict[str, Any]]:
+    """Groups by kind, with decay for matrices and heads; what the caller grouped stays."""
+    if isinstance(params, nn.Module):
+        named = named_kinds(params, frozen=True)  # which may be thawed
+    else:
+        given = list(params)
+        if given and isinstance(given[0], dict):
+            return [{"weight_decay": decay, **group} for group in given]
+        if given and isinstance(given[0], Tensor):
+            given = [("", p) for p in given]
+        named = [(n, p, _kind_by_name(n, p)) for n, p in given]
+    if not any(p.requires_grad for _, p, _ in named):
+        raise ValueError("params: nothing to train (an empty list, or a frozen model)")
+    groups: dict[str, dict[str, Any]] = {}
+    for _, p, kind in named:
+        usual = decay if kind in ("matrix", "head") else 0.0
+        group = groups.setdefault(kind, {"params": [], "kind": kind, "weight_decay": usual})
+        group["params"].append(p)
+    return list(groups.values())
+
+
+def _kind_by_name(name: str, p: Tensor) -> str:
+    """`parameter_kind` where there is no module to ask: embeddings go by their usual names."""
+    embedding = re.search(r"(^|[._])(embed(ding)?s?|embed_tokens|wte|wpe|tok_emb|pos_emb)\b", name)
+    return parameter_kind(name, p, {id(p)} if embedding else set(), None)
+
+
 class HybridOptimizationManager:
     """The three parts together: clusters of data, the auxiliary network, the constrained step.
 
@@ -1339,13 +1713,6 @@ class HybridOptimizationManager:
     step: the mean of their losses and, in logarithms, of their multipliers and cluster rates.
     """
 
-    KAPPA_RATE = 0.2  # of the running means whose ratio is kappa
-    KAPPA = (-0.4, 0.3)  # between these the length is left alone; see EXPERIMENTS.md
-    GAIN = 0.4  # decades an observation, for each unit of kappa beyond them
-    LONGEST = 0.14  # kappa grows no wanted length beyond this (or a longer step_length)
-    GUIDED = 0.3  # share of the run after which the length is left to the schedule
-    SETTLE = 0.05  # share of the run in which regions are fitted to the proposals at once
-
     def __init__(self, config: HybridTrainingConfig | None = None) -> None:
         self.config = c = config if config is not None else HybridTrainingConfig()
         self.auxiliary_nn = AuxiliaryNeuralNetwork(
@@ -1354,6 +1721,7 @@ class HybridOptimizationManager:
             seed=c.seed,
         )
         self.auxiliary_nn.radius_center = c.initial_trust_radius
+        self.guidance = Guidance(self.auxiliary_nn, c.step_length)
         self.data_clusterer = KMeansClustering(c.data_clusters, seed=c.seed)
         self.param_clusterer = KMeansClustering(c.parameter_clusters, seed=c.seed)
         # Its groups are made at the first step.
@@ -1368,15 +1736,6 @@ class HybridOptimizationManager:
         self._last_loss = float("nan")  # of the newest step taken
         self._multipliers = self._active = 0.0  # sums over the steps taken
         self._model: nn.Module | None = None
-        self._fast, self._slow = _Running(0.3), _Running(0.05)
-        self._norm = _Running(0.05)
-        self._descent, self._curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
-        self._promised: float | None = None  # <g_t, s_t> of the newest step
-        self._proposal: float | None = None  # log10 of its length over the region's centre
-        self.kappa = 0.0
-        self._length = math.log10(c.step_length)  # wanted, at the schedule's peak
-        self._peak = 0.0  # the largest base rate seen
-        self._share = 1.0  # of the peak rate, by the schedule, at the newest step
         self._cluster_loss: dict[int, _Running] = {}
         self._rng = np.random.default_rng(c.seed)
         self._orders: dict[int, np.ndarray] = {}
@@ -1467,18 +1826,7 @@ class HybridOptimizationManager:
             norm = 0.0
         else:
             norm = float(torch.linalg.vector_norm(torch.as_tensor(gradients).detach().double()))
-        if math.isfinite(value) and math.isfinite(norm):
-            self._fast.update(value)
-            self._slow.update(value)
-            self._norm.update(norm)
-        return TrainingState(
-            current_loss=value,
-            gradient_magnitude=norm,
-            cluster_id=int(cluster_id),
-            loss_trend=self._fast.mean - self._slow.mean,
-            gradient_variance=self._norm.deviation**2,
-            step_number=int(step),
-        )
+        return self.guidance.describe(value, norm, cluster_id, step)
 
     def schedule(self, step: int) -> float:
         """`schedule_factor` with this configuration's values."""
@@ -1535,9 +1883,16 @@ class HybridOptimizationManager:
         c = self.config
         state = self.compute_training_state(value, magnitude, cluster_id, step)
         base = base_lr if base_lr is not None else c.base_learning_rate * self.schedule(step)
-        self._peak = max(self._peak, base if base_lr is not None else c.base_learning_rate)
-        multiplier, shift, cap = self._guide(state, advise)
-        self._share = base / self._peak if base else 0.0
+        guidance = self.guidance
+        guidance.network = self.auxiliary_nn if c.use_auxiliary_nn else None
+        guidance.peak = max(guidance.peak, base if base_lr is not None else c.base_learning_rate)
+        cap = 1.0
+        if advise:
+            multiplier, shift = guidance.advise(state)
+        else:
+            left = 1 - step / (guidance.GUIDED * c.max_steps)
+            multiplier, shift, cap = guidance.lead(self.constrained_opt, state, left)
+        guidance.share = base / guidance.peak if base else 0.0
         rates = self.cluster_rates(step)
         rate = float(rates[cluster_id]) if 0 <= cluster_id < len(rates) else 1.0
         if several:  # clusters, networks differ
@@ -1553,20 +1908,19 @@ class HybridOptimizationManager:
             group["lr"] = lr
         learns = c.use_auxiliary_nn and base > 0  # from a step that was taken
         every_second = learns and (self.taken_steps + self.skipped_steps) % 2 == 0
-        measure = every_second and step < self.GUIDED * c.max_steps
+        measure = every_second and step < guidance.GUIDED * c.max_steps
         self.constrained_opt.step(
-            radius_scale=self._share * 10.0**shift,
+            radius_scale=guidance.share * 10.0**shift,
             cap=cap,
             keep_step=measure,
             gradient_norm=norm,
         )
-        if measure:
-            self._promised = float(self.constrained_opt.slope())
-        if every_second:
-            self._proposal = self.constrained_opt.proposal_log10
-        if learns and c.trust_radius_adaptation and step < self.SETTLE * c.max_steps:
-            excess = min(max(self.constrained_opt.proposal_log10 + 0.1, -0.5), 0.5)
-            self.constrained_opt.scale_regions(10.0 ** (0.5 * excess))
+        guidance.learn_from(
+            self.constrained_opt,
+            measured=measure,
+            proposed=every_second,
+            settles=learns and c.trust_radius_adaptation and step < guidance.SETTLE * c.max_steps,
+        )
         info = self.constrained_opt.info
         self.trust_radius = info.constraint_radius
         return self._record(
@@ -1588,51 +1942,6 @@ class HybridOptimizationManager:
         x = torch.tensor(values, dtype=torch.float64, device=next(model.parameters()).device)
         torch.distributed.all_reduce(x, group=group)
         return (x / torch.distributed.get_world_size(group)).tolist()
-
-    def _guide(self, state: TrainingState, advise: bool) -> tuple[float, float, float]:
-        """(multiplier, decades by which to shift the radius, cap): what the last step showed.
-
-        With s the last step, a = <g_before, s> and b = <g_after, s> (running means), kappa = b/a
-        says how much of the promised descent is still there after the step: 1 for a tiny step, 0
-        at the minimum along it, negative beyond; (1 + kappa)/2 is the trust-region ratio of actual
-        to predicted reduction on a quadratic. Above KAPPA[1] the wanted length of a step grows,
-        below KAPPA[0] it shrinks, ever more slowly; between them, and once GUIDED of the run is
-        over, it stays, and the schedule anneals. Where the loss is concave kappa stays near 1
-        however long the step, hence LONGEST. The network learns to foresee that correction.
-
-        The multiplier is what brings the base rate to the wanted length, so the base rate itself
-        hardly matters; what a multiplier of 0.1 leaves too long, cap cuts.
-        """
-        net = self.auxiliary_nn
-        if not self.config.use_auxiliary_nn or not self._peak:
-            return 1.0, 0.0, 1.0
-        if advise:
-            multiplier, shift = net.predict(state)
-            return multiplier, shift, 1.0
-        wish = None
-        if self._promised is not None:
-            a = self._descent.update(self._promised)
-            b = self._curved.update(float(self.constrained_opt.slope()))
-            self._promised = None
-            if a < 0:
-                self.kappa = b / a
-                low, high = self.KAPPA
-                excess = max(self.kappa - high, 0.0) + min(self.kappa - low, 0.0)
-                excess = min(max(excess, -0.5), 0.5)
-                left = 1 - state.step_number / (self.GUIDED * self.config.max_steps)
-                wish = self.GAIN * excess * self._share * max(left, 0.0)
-                longest = math.log10(max(self.LONGEST, self.config.step_length))
-                wish = min(wish, max(longest - self._length, 0.0))
-                self._length += wish
-        if self._proposal is not None:
-            net.learn(wish, self._proposal)
-            self._proposal = None
-        foreseen, shift = net.predict(state)
-        nominal = self.constrained_opt.RELATIVE_GAIN * self._peak
-        wanted = self._length + math.log10(foreseen) - math.log10(nominal)
-        low, high = (math.log10(x) for x in MULTIPLIER_RANGE)
-        clipped = min(max(wanted, low), high)
-        return 10.0**clipped, shift, 10.0 ** min(wanted - clipped, 0.0)
 
     def _record(
         self,
@@ -1782,7 +2091,7 @@ class HybridOptimizationManager:
         """Shorten the wanted step and shrink every region by a factor in (0, 1], and forget skips:
         after a return to an earlier state, from which the same steps would lead to the same end."""
         _check("factor", factor, (_number(0, 1, open_low=True), "a number in (0, 1]"))
-        self._length += math.log10(factor)
+        self.guidance.length += math.log10(factor)
         self.consecutive_skips = 0
         if self._model is not None:
             self.constrained_opt.scale_regions(factor)
@@ -1793,17 +2102,15 @@ class HybridOptimizationManager:
         "taken_steps",
         "skipped_steps",
         "consecutive_skips",
-        "_promised",
-        "_proposal",
-        "kappa",
-        "_length",
-        "_peak",
-        "_share",
         "_last_loss",
         "_multipliers",
         "_active",
     )
-    _AVERAGES = ("_fast", "_slow", "_norm", "_descent", "_curved")
+
+    @property
+    def kappa(self) -> float:
+        """Of `Guidance`."""
+        return self.guidance.kappa
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, in plain types and tensors: torch.load reads it with
@@ -1821,10 +2128,9 @@ class HybridOptimizationManager:
             "history": copy.deepcopy(list(self.metrics_history)),
             "data": data,
             "orders": {k: torch.from_numpy(order.copy()) for k, order in self._orders.items()},
-            "averages": {k: dict(vars(getattr(self, k))) for k in self._AVERAGES},
             "cluster_loss": {k: dict(vars(r)) for k, r in self._cluster_loss.items()},
             "rng": copy.deepcopy(self._rng.bit_generator.state),
-            "auxiliary_nn": self.auxiliary_nn.training_state(),
+            "guidance": self.guidance.state_dict(),
             "optimizer": self.constrained_opt.state_dict(),
         }
 
@@ -1847,13 +2153,11 @@ class HybridOptimizationManager:
             self.data_clusterer.centroids = data["centroids"].numpy().copy()
             self.data_clusterer.inertia = data["inertia"]
         self._orders = {k: order.numpy().copy() for k, order in state["orders"].items()}
-        for k, v in state["averages"].items():
-            vars(getattr(self, k)).update(v)
         self._cluster_loss = {k: _Running(0.05) for k in state["cluster_loss"]}
         for k, v in state["cluster_loss"].items():
             vars(self._cluster_loss[k]).update(v)
         self._rng.bit_generator.state = state["rng"]
-        self.auxiliary_nn.load_training_state(copy.deepcopy(state["auxiliary_nn"]))
+        self.guidance.load_state_dict(state["guidance"])
 
 
 def create_hybrid_optimizer(

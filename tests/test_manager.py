@@ -338,14 +338,14 @@ def test_wanted_length_grows_where_steps_promise_more():
     manager = HybridOptimizationManager(
         HybridTrainingConfig(max_steps=300, initial_trust_radius=1e-3, lr_schedule="constant")
     )
-    start = manager._length
+    start = manager.guidance.length
     for step in range(30):
         model.zero_grad()
         loss = (model.weight - target).square().sum() / 2
         loss.backward()
         manager.optimization_step(model, loss, None, 0, step)
     assert manager.kappa > 0.5
-    assert manager._length > start + 0.5
+    assert manager.guidance.length > start + 0.5
 
 
 # ------------------------------------------------------------------ steps through the manager
