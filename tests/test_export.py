@@ -15,7 +15,8 @@ from lowbit.chat import open_server
 from lowbit.files import gguf_file
 from lowbit.files.gguf_file import TYPES, choose_type, export_gguf
 from lowbit.files.packed import Packed, Stored, load_packed, read_packed, save_packed
-from lowbit.models.transformers_lm import TransformersLM
+from lowbit.files.padding import padding
+from lowbit.models.transformers_lm import TransformersLM, build_transformers
 from lowbit.quantization.layers import quantize_model
 from lowbit.text import pre_tokenizers
 from lowbit.text.tokenizers import TeacherTokenizer
@@ -25,6 +26,10 @@ pytest.importorskip("transformers")
 # Rows that every type takes.
 WIDE = dict(
     vocab_size=320, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=64
+)  # fmt: skip
+# Rows that 256 does not divide: 3 heads of 64 and 992 inner weights become 4 and 1024.
+ODD = dict(
+    hidden_size=192, intermediate_size=992, num_attention_heads=3, num_key_value_heads=1
 )  # fmt: skip
 
 
@@ -174,6 +179,82 @@ def test_scales_that_float16_has_not(scale, said):
         gguf_file.encoded("x", tensor, "tq2_0")
 
 
+# ------------------------------------------------------------------------------------- padding
+
+
+def padded(path: Path) -> TransformersLM:
+    """A student with the zeros that it is exported with."""
+    found = read_packed(path)
+    zeros = padding(found.config["transformers"], 256)
+    state = {
+        name: torch.from_numpy(zeros(name, tensor).weight())
+        for name, tensor in found.tensors.items()
+    }
+    return build_transformers(zeros.config, state, "padded")
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("llama", ODD), ("llama", {**ODD, "tie_word_embeddings": False, "bits": 4}),
+     ("llama", {**ODD, "attention_bias": True, "mlp_bias": True}), ("qwen2", ODD),
+     ("qwen2", {**ODD, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}),
+     ("qwen3", ODD), ("llama", {**ODD, "num_key_value_heads": 3})],
+)  # fmt: skip
+def test_zeros_change_nothing(tmp_path, kind, more):
+    """In float64, eps so large that it matters; weights of norms are float32."""
+    eps = 1e-6 if kind == "qwen3" else 0.1
+    path = student(tmp_path, kind, rms_norm_eps=eps, **more)
+    model, wide = load_packed(path)[0], padded(path)
+    for name, w in wide.net.state_dict().items():
+        assert w.ndim < 2 or w.shape[1] % 256 == 0, name
+    ids = torch.arange(40)[None] * 7 % 300
+    with torch.no_grad():
+        ours, theirs = (m.double()(ids).logits for m in (model, wide))
+    torch.testing.assert_close(theirs, ours, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("heads", "keys", "size", "becomes"),
+    [(9, 3, 64, (12, 3)), (14, 2, 64, (16, 2)), (9, 9, 64, (12, 12)), (15, 5, 64, (20, 5)),
+     (8, 8, 96, (8, 8)), (3, 1, 128, (4, 1)), (16, 8, 128, (16, 8)), (6, 3, 64, (8, 4))],
+)  # fmt: skip
+def test_the_fewest_heads_that_fill_blocks(heads, keys, size, becomes):
+    """A real head of queries keeps its head of keys."""
+    config = dict(
+        hidden_size=256, intermediate_size=300, num_attention_heads=heads, rms_norm_eps=1.0,
+        num_key_value_heads=keys, head_dim=size,
+    )  # fmt: skip
+    zeros = padding(config, 256)
+    after = zeros.config["num_attention_heads"], zeros.config["num_key_value_heads"]
+    assert after == becomes
+    assert (zeros.config["intermediate_size"], zeros.config["rms_norm_eps"]) == (512, 1.0)
+    places, length = zeros.axes["queries"]
+    assert length == after[0] * size
+    assert length % 256 == 0
+    firsts = places.reshape(heads, size)[:, 0] // size
+    np.testing.assert_array_equal(
+        firsts // (after[0] // after[1]), np.arange(heads) // (heads // keys)
+    )
+    np.testing.assert_array_equal(np.diff(places.reshape(heads, size)), 1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_padded_file_is_read_back(tmp_path, bits):
+    """By our reader of GGUF teachers, with a student's logits."""
+    from lowbit.models.teacher import load_teacher
+
+    path = student(tmp_path, "llama", bits=bits, **ODD)
+    done = export_gguf(read_packed(path), tmp_path / "a.gguf", "tq2_0")
+    assert done.reason == "as asked, rows of 192 padded to 256, 992 padded to 1024 with zeros"
+    model, again = load_packed(path)[0], load_teacher(str(done.path))[0]
+    assert sum(n for _, n, _ in done.parts.values()) == sum(
+        t.values.size for t in read_packed(path).tensors.values()
+    )
+    ids = torch.arange(40)[None] * 7 % 300
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------- in a real llama.cpp
 
 
@@ -225,7 +306,10 @@ class Rounded:
      ("llama", "ternary", "tq1_0", 256, {}), ("llama", "1bit", "q1_0", 32, {}),
      ("qwen2", "ternary", "q4_0", 32, {}), ("qwen3", "ternary", "tq2_0", 256, {}),
      ("llama", "ternary", "tq2_0", 256, {"bits": 4}),
-     ("llama", "ternary", "q4_0", 32, {"bits": 4, "tie_word_embeddings": False})],
+     ("llama", "ternary", "q4_0", 32, {"bits": 4, "tie_word_embeddings": False}),
+     ("llama", "ternary", "tq2_0", 256, ODD), ("llama", "ternary", "tq1_0", 256, ODD),
+     ("llama", "ternary", "tq2_0", 256, {**ODD, "bits": 4, "tie_word_embeddings": False}),
+     ("qwen2", "ternary", "tq2_0", 256, ODD), ("qwen3", "ternary", "tq2_0", 256, ODD)],
 )  # fmt: skip
 def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
     """The engine's products round activations to 8 bits. With the same rounding our distribution
@@ -235,7 +319,7 @@ def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
     export_gguf(read_packed(path), tmp_path / "a.gguf", type_)
     prompts = [[0, 40, 41, 77], list(range(10, 60)), [299, 5, 5, 5, 120]]
     found = next_tokens(tmp_path / "a.gguf", prompts)
-    model = load_packed(path)[0]
+    model = padded(path) if "hidden_size" in more else load_packed(path)[0]
     for ids, theirs in zip(prompts, found, strict=True):
         with torch.no_grad(), Rounded(model, size):
             ours = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)

@@ -29,6 +29,7 @@ from lowbit import UserError
 from lowbit.extras import require
 from lowbit.files.atomic import atomic_write
 from lowbit.files.packed import Packed, Stored
+from lowbit.files.padding import Padding, head_shape, padding
 from lowbit.text import pre_tokenizers
 
 #: Kinds of model (``model_type``), whose architectures have the same names in GGUF.
@@ -42,6 +43,9 @@ TYPES = {
 }
 #: general.file_type, where it has a number of its own.
 FILE_TYPES = {"tq2_0": 37, "tq1_0": 36, "q4_0": 2}
+#: Types for which rows are padded with zeros, and how many times as many weights that may make.
+PADDED = ("tq2_0", "tq1_0")
+MOST_PADDING = 1.5
 FLOAT16_MAX = 65504.0
 LOW_BIT = ("ternary", "1bit")
 #: Type of what the student holds in more bits.
@@ -114,7 +118,8 @@ ENCODERS: dict[str, Callable[[Stored], np.ndarray]] = {
 
 @dataclass
 class Exported:
-    """What became of a student's tensors: {type: (tensors, weights, bytes)}; file_bytes of all."""
+    """What became of a student's tensors: {type: (tensors, weights, bytes)}, zeros that were added
+    in the bytes alone; file_bytes of all."""
 
     path: Path
     low_bit: str  # type of the low-bit matrices
@@ -123,29 +128,40 @@ class Exported:
     file_bytes: int
 
 
-def choose_type(found: Packed, asked: str | None) -> tuple[str, str]:
-    """The type of the low-bit matrices, and why. UserError where the one asked for cannot be."""
+def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | None]:
+    """The type of the low-bit matrices, why, and the zeros that it needs. UserError where the one
+    asked for cannot be."""
     low = {n: t for n, t in found.tensors.items() if t.kind in LOW_BIT}
     kind = next((t.kind for t in low.values()), "ternary")
     widths = sorted({t.values.shape[1] for t in low.values()})
     odd = {t: [w for w in widths if w % size] for t, (size, _) in TYPES.items()}
-    if asked is not None:
-        if kind not in TYPES[asked][1]:
-            good = [t for t, (_, kinds) in TYPES.items() if kind in kinds]
-            raise UserError(f"--type {asked} cannot hold {kind} weights; use {' or '.join(good)}")
-        if odd[asked]:
-            raise UserError(
-                f"--type {asked} needs rows of a multiple of {TYPES[asked][0]} weights; this model "
-                f"has rows of {odd[asked][0]}; use q4_0"
-            )
-        return asked, "as asked"
-    best = "tq2_0" if kind == "ternary" else "q1_0"
+    best = asked or ("tq2_0" if kind == "ternary" else "q1_0")
+    size, kinds = TYPES[best]
+    if kind not in kinds:
+        good = [t for t, (_, kinds) in TYPES.items() if kind in kinds]
+        raise UserError(f"--type {best} cannot hold {kind} weights; use {' or '.join(good)}")
     if not odd[best]:
-        return best, f"the fastest that holds {kind} weights exactly"
+        return best, "as asked" if asked else f"the fastest that holds {kind} weights exactly", None
+    if best in PADDED and not odd["q4_0"]:
+        zeros = padding(found.config["transformers"], size)
+        larger = zeros.growth(found)
+        widened = ", ".join(f"{n} padded to {-(-n // size) * size}" for n in odd[best])
+        if asked and larger > MOST_PADDING:
+            raise UserError(
+                f"--type {asked} needs rows of a multiple of {size} weights; with rows of "
+                f"{widened} this model has {larger:.2f} times as many; use q4_0"
+            )
+        if asked:
+            return asked, f"as asked, rows of {widened} with zeros", zeros
+    if asked:
+        raise UserError(
+            f"--type {asked} needs rows of a multiple of {size} weights; this model has rows of "
+            f"{odd[asked][0]}; use q4_0"
+        )
     if odd["q4_0"]:
         raise UserError(f"rows of {odd['q4_0'][0]} weights fit no block of GGUF (32 divide them)")
-    size = TYPES[best][0]
-    return "q4_0", f"exact, and {best} needs rows of a multiple of {size}, not of {odd[best][0]}"
+    why = f"exact, and {best} needs rows of a multiple of {size}, not of {odd[best][0]}"
+    return "q4_0", why, None
 
 
 def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None) -> Exported:
@@ -156,10 +172,9 @@ def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None)
     """
     gguf = require("gguf", "gguf")
     check_exportable(found.config, found.tokenizer)
-    config = found.config["transformers"]
-    chosen, reason = choose_type(found, kind)
-    writer = gguf.GGUFWriter(None, config["model_type"])
-    parts = fill(writer, gguf, found, chosen)
+    chosen, reason, zeros = choose_type(found, kind)
+    writer = gguf.GGUFWriter(None, found.config["transformers"]["model_type"])
+    parts = fill(writer, gguf, found, chosen, zeros)
 
     def write(f: IO[bytes]) -> None:
         writer.write_header_to_file(Path(f.name))
@@ -196,9 +211,11 @@ def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
     bpe_of(tokenizer)
 
 
-def fill(writer: Any, gguf: Any, found: Packed, chosen: str) -> dict[str, tuple[int, int, int]]:
+def fill(
+    writer: Any, gguf: Any, found: Packed, chosen: str, zeros: Padding | None
+) -> dict[str, tuple[int, int, int]]:
     """Everything that the file says. Returns what `Exported` says of the tensors."""
-    config = found.config["transformers"]
+    config = zeros.config if zeros else found.config["transformers"]
     add_shape(writer, config)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if chosen in FILE_TYPES:
@@ -214,8 +231,8 @@ def fill(writer: Any, gguf: Any, found: Packed, chosen: str) -> dict[str, tuple[
         named = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if named is None:
             raise UserError(f"tensor {name} has no name in GGUF")
-        stored = ordered(name, stored, config)
-        array, label = encoded(name, stored, chosen)
+        held = ordered(name, zeros(name, stored) if zeros else stored, config)
+        array, label = encoded(name, held, chosen)
         raw = None if label == "F32" else getattr(gguf.GGMLQuantizationType, label)
         writer.add_tensor(named, array, raw_dtype=raw)
         tensors, weights, size = parts.get(label, (0, 0, 0))
@@ -270,13 +287,6 @@ def add_shape(writer: Any, config: dict[str, Any]) -> None:
     writer.add_key_length(size)
     writer.add_value_length(size)
     writer.add_vocab_size(config["vocab_size"])
-
-
-def head_shape(config: dict[str, Any]) -> tuple[int, int, int]:
-    """Heads of queries, heads of keys and values, and a head's size."""
-    heads = config["num_attention_heads"]
-    size = config.get("head_dim") or config["hidden_size"] // heads
-    return heads, config.get("num_key_value_heads") or heads, size
 
 
 def rotary(config: dict[str, Any]) -> float:
