@@ -31,6 +31,10 @@ WIDE = dict(
 ODD = dict(
     hidden_size=192, intermediate_size=992, num_attention_heads=3, num_key_value_heads=1
 )  # fmt: skip
+# 15 heads become 20, which are wider than 1024, to which 960 alone would be padded.
+WIDER = dict(
+    hidden_size=960, intermediate_size=1504, num_attention_heads=15, num_key_value_heads=5
+)  # fmt: skip
 
 
 def student(
@@ -221,7 +225,7 @@ def test_zeros_change_nothing(tmp_path, kind, more):
 def test_the_fewest_heads_that_fill_blocks(heads, keys, size, becomes):
     """A real head of queries keeps its head of keys."""
     config = dict(
-        hidden_size=256, intermediate_size=300, num_attention_heads=heads, rms_norm_eps=1.0,
+        model_type="llama", hidden_size=256, intermediate_size=300, num_attention_heads=heads, rms_norm_eps=1.0,
         num_key_value_heads=keys, head_dim=size,
     )  # fmt: skip
     zeros = padding(config, 256)
@@ -245,7 +249,7 @@ def test_a_padded_file_is_read_back(tmp_path, bits):
 
     path = student(tmp_path, "llama", bits=bits, **ODD)
     done = export_gguf(read_packed(path), tmp_path / "a.gguf", "tq2_0")
-    assert done.reason == "as asked, rows of 192 padded to 256, 992 padded to 1024 with zeros"
+    assert done.reason == "as asked, rows of 192 padded to 256 and of 992 padded to 1024 with zeros"
     model, again = load_packed(path)[0], load_teacher(str(done.path))[0]
     assert sum(n for _, n, _ in done.parts.values()) == sum(
         t.values.size for t in read_packed(path).tensors.values()
@@ -309,7 +313,8 @@ class Rounded:
      ("llama", "ternary", "q4_0", 32, {"bits": 4, "tie_word_embeddings": False}),
      ("llama", "ternary", "tq2_0", 256, ODD), ("llama", "ternary", "tq1_0", 256, ODD),
      ("llama", "ternary", "tq2_0", 256, {**ODD, "bits": 4, "tie_word_embeddings": False}),
-     ("qwen2", "ternary", "tq2_0", 256, ODD), ("qwen3", "ternary", "tq2_0", 256, ODD)],
+     ("qwen2", "ternary", "tq2_0", 256, ODD),
+     ("qwen2", "ternary", "tq2_0", 256, WIDER), ("qwen3", "ternary", "tq2_0", 256, ODD)],
 )  # fmt: skip
 def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
     """The engine's products round activations to 8 bits. With the same rounding our distribution

@@ -1,9 +1,9 @@
 """Decoding in llama.cpp and sizes of files: python benchmarks/decoding/measure.py [--rounds 5]
 
 Models of random ternary weights in two shapes decode as fast as trained ones. Each is exported as a
-student is (first and last block, embedding and head in 8 bits), in every type that its rows allow,
-and in float32. All files of a shape are loaded, and take turns. Appends one JSON line a shape to
-runs.jsonl beside this file and rewrites summary.json. Needs the extras gguf and chat.
+student is (first and last block, embedding and head in 8 bits), in every type that holds it, with
+zeros where its rows are too short, and in float32. All files of a shape are loaded, and take turns.
+Appends one JSON line a shape to runs.jsonl beside this file and rewrites summary.json. Needs the extras gguf and chat.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from studies.bench import RunLog, machine  # noqa: E402
 SHAPES: dict[str, dict[str, Any]] = {
     "smollm2-135m": dict(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=49152, tied=True, types=("q4_0",),
+        num_key_value_heads=3, vocab_size=49152, tied=True, types=("tq2_0", "tq1_0", "q4_0"),
     ),
     "llama-1.1b": dict(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
@@ -136,9 +136,10 @@ def main() -> None:
         log.append(measure(name, o.rounds, o.tokens, o.threads))
     table = []
     for run in log.runs:
-        base = run["tokens_a_second"]["f32"]
+        base, q4_0 = run["tokens_a_second"]["f32"], run["tokens_a_second"]["q4_0"]
         for kind, speeds in run["tokens_a_second"].items():
             ratios = [a / b for a, b in zip(speeds, base, strict=True)]
+            to_q4_0 = [a / b for a, b in zip(speeds, q4_0, strict=True)]
             table.append(
                 {
                     "shape": run["shape"],
@@ -146,6 +147,9 @@ def main() -> None:
                     "tokens_a_second": statistics.median(speeds),
                     "over_f32": statistics.median(ratios),
                     "over_f32_range": [min(ratios), max(ratios)],
+                    "over_q4_0": statistics.median(to_q4_0),
+                    "over_q4_0_range": [min(to_q4_0), max(to_q4_0)],
+                    "rounds": len(speeds),
                     "bytes": run["bytes"][kind],
                     "smaller_than_f32": 4 * run["weights"] / run["bytes"][kind],
                 }

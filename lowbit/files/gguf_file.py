@@ -145,14 +145,13 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
     if best in PADDED and not odd["q4_0"]:
         zeros = padding(found.config["transformers"], size)
         larger = zeros.growth(found)
-        widened = ", ".join(f"{n} padded to {-(-n // size) * size}" for n in odd[best])
         if asked and larger > MOST_PADDING:
             raise UserError(
-                f"--type {asked} needs rows of a multiple of {size} weights; with rows of "
-                f"{widened} this model has {larger:.2f} times as many; use q4_0"
+                f"--type {asked} needs rows of a multiple of {size} weights; with {zeros} this "
+                f"model has {larger:.2f} times as many; use q4_0"
             )
         if asked:
-            return asked, f"as asked, rows of {widened} with zeros", zeros
+            return asked, f"as asked, {zeros}", zeros
     if asked:
         raise UserError(
             f"--type {asked} needs rows of a multiple of {size} weights; this model has rows of "

@@ -2,7 +2,7 @@
 
 The hidden and the intermediate size grow at their ends. Heads of queries are added to every group
 that shares a head of keys, or heads of keys with their groups, whichever is less: query head h uses
-key head h // (heads of a group) before and after. What is added reads and writes only zeros, so it
+head of keys h // (heads of a group) before and after. What is added reads and writes only zeros, so it
 stays zero. Norms divide by the root of a mean, which n zeros among N make smaller: with their
 weights times r = sqrt((N - n) / N) and eps times r^2 they are what they were. The norms of Qwen3's
 queries and keys are of a head, which does not grow, but have the same eps: of those, a head with
@@ -54,6 +54,11 @@ class Padding:
             size = size // n * (self.axes[kind][1] if kind else n)
         return size
 
+    def __str__(self) -> str:
+        rows = {k: (len(places), n) for k, (places, n) in self.axes.items() if k != "keys"}
+        grown = dict.fromkeys(f"{a} padded to {b}" for a, b in rows.values() if a < b)
+        return f"rows of {' and of '.join(grown)} with zeros"
+
     def growth(self, found: Packed) -> float:
         """Weights of the padded model over the model's."""
         after = sum(self.size(name, t) for name, t in found.tensors.items())
@@ -96,13 +101,15 @@ def padding(config: dict[str, Any], block: int) -> Padding:
         if k * g % step == 0
     )
     moved = (np.arange(keys)[:, None] * wide + np.arange(group)).ravel()
+    places, hidden = end(config["hidden_size"])
+    if config["model_type"] == "qwen2":  # whose heads llama.cpp takes to fill the hidden size
+        hidden = max(hidden, more * wide * size)
     axes = {
-        "hidden": end(config["hidden_size"]),
-        "inner": end(config["intermediate_size"]),
-        "keys": (np.arange(keys * size), more * size),
+        "hidden": (places, hidden),
         "queries": ((moved[:, None] * size + np.arange(size)).ravel(), more * wide * size),
+        "keys": (np.arange(keys * size), more * size),
+        "inner": end(config["intermediate_size"]),
     }
-    hidden = axes["hidden"][1]
     changes = {
         "hidden_size": hidden,
         "intermediate_size": axes["inner"][1],
