@@ -225,8 +225,8 @@ def test_zeros_change_nothing(tmp_path, kind, more):
 def test_the_fewest_heads_that_fill_blocks(heads, keys, size, becomes):
     """A real head of queries keeps its head of keys."""
     config = dict(
-        model_type="llama", hidden_size=256, intermediate_size=300, num_attention_heads=heads, rms_norm_eps=1.0,
-        num_key_value_heads=keys, head_dim=size,
+        model_type="llama", hidden_size=256, intermediate_size=300, rms_norm_eps=1.0,
+        num_attention_heads=heads, num_key_value_heads=keys, head_dim=size,
     )  # fmt: skip
     zeros = padding(config, 256)
     after = zeros.config["num_attention_heads"], zeros.config["num_key_value_heads"]

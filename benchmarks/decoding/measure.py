@@ -3,7 +3,8 @@
 Models of random ternary weights in two shapes decode as fast as trained ones. Each is exported as a
 student is (first and last block, embedding and head in 8 bits), in every type that holds it, with
 zeros where its rows are too short, and in float32. All files of a shape are loaded, and take turns.
-Appends one JSON line a shape to runs.jsonl beside this file and rewrites summary.json. Needs the extras gguf and chat.
+Appends one JSON line a shape to runs.jsonl beside this file and rewrites summary.json. Needs the
+extras gguf and chat.
 """
 
 from __future__ import annotations

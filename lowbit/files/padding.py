@@ -2,8 +2,8 @@
 
 The hidden and the intermediate size grow at their ends. Heads of queries are added to every group
 that shares a head of keys, or heads of keys with their groups, whichever is less: query head h uses
-head of keys h // (heads of a group) before and after. What is added reads and writes only zeros, so it
-stays zero. Norms divide by the root of a mean, which n zeros among N make smaller: with their
+head of keys h // (heads of a group) before and after. What is added reads and writes only zeros, so
+it stays zero. Norms divide by the root of a mean, which n zeros among N make smaller: with their
 weights times r = sqrt((N - n) / N) and eps times r^2 they are what they were. The norms of Qwen3's
 queries and keys are of a head, which does not grow, but have the same eps: of those, a head with
 mean square s is longer by a factor of at most 1 + eps / 2 s.
