@@ -120,8 +120,8 @@ def measure(name: str, rounds: int, tokens: int, threads: int) -> dict[str, Any]
             print(name, n, {k: round(v[-1], 2) for k, v in speeds.items() if v}, flush=True)
         del servers
     return {
-        "shape": name, "weights": weights, "tokens": tokens, "threads": threads, "bytes": sizes,
-        "tokens_a_second": speeds, "xllamacpp": xllamacpp.__version__, **machine(),
+        **machine(), "shape": name, "weights": weights, "tokens": tokens, "threads": threads,
+        "bytes": sizes, "tokens_a_second": speeds, "xllamacpp": xllamacpp.__version__,
     }  # fmt: skip
 
 
@@ -150,6 +150,7 @@ def main() -> None:
                     "over_f32_range": [min(ratios), max(ratios)],
                     "over_q4_0": statistics.median(to_q4_0),
                     "over_q4_0_range": [min(to_q4_0), max(to_q4_0)],
+                    "threads": run["threads"],
                     "rounds": len(speeds),
                     "bytes": run["bytes"][kind],
                     "smaller_than_f32": 4 * run["weights"] / run["bytes"][kind],
