@@ -72,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--type",
         choices=sorted(TYPES),
-        help="of the low-bit weights in GGUF (default: the fastest that holds them exactly)",
+        help="of the low-bit weights in GGUF (default: the fastest that holds them exactly as they "
+        "are; tq2_0 and tq1_0 pad rows with zeros)",
     )
     o = parser.parse_args(argv)
     say = Printer()

@@ -128,12 +128,12 @@ def test_the_type_is_the_fastest_that_is_exact():
 
     assert choose_type(packed("ternary", 512, 768), None)[0] == "tq2_0"
     assert choose_type(packed("1bit", 384), None)[0] == "q1_0"
-    chosen, why = choose_type(packed("ternary", 512, 576), None)
-    assert chosen == "q4_0"
+    chosen, why, zeros = choose_type(packed("ternary", 512, 576), None)
+    assert (chosen, zeros) == ("q4_0", None)
     assert "not of 576" in why
     assert choose_type(packed("ternary", 256), "tq1_0")[0] == "tq1_0"
-    with pytest.raises(UserError, match="needs rows of a multiple of 256"):
-        choose_type(packed("ternary", 576), "tq2_0")
+    with pytest.raises(UserError, match=r"multiple of 128 weights; .* rows of 576; use q4_0"):
+        choose_type(packed("1bit", 576), "q1_0")
     with pytest.raises(UserError, match="tq2_0 cannot hold 1bit weights; use q1_0 or q4_0"):
         choose_type(packed("1bit", 512), "tq2_0")
     with pytest.raises(UserError, match="fit no block"):
@@ -209,8 +209,12 @@ def test_zeros_change_nothing(tmp_path, kind, more):
     eps = 1e-6 if kind == "qwen3" else 0.1
     path = student(tmp_path, kind, rms_norm_eps=eps, **more)
     model, wide = load_packed(path)[0], padded(path)
+    found = read_packed(path)
+    counted = padding(found.config["transformers"], 256).growth(found)
     for name, w in wide.net.state_dict().items():
         assert w.ndim < 2 or w.shape[1] % 256 == 0, name
+    weights = [sum(p.numel() for p in m.net.parameters()) for m in (model, wide)]
+    assert counted == weights[1] / weights[0]
     ids = torch.arange(40)[None] * 7 % 300
     with torch.no_grad():
         ours, theirs = (m.double()(ids).logits for m in (model, wide))
@@ -384,6 +388,12 @@ def test_what_cannot_be_exported(tmp_path, capsys, tiny_teacher, monkeypatch):
     assert sorted(tmp_path.iterdir()) == before
     monkeypatch.undo()
 
+    small = student(tmp_path, "llama", hidden_size=96, intermediate_size=128, head_dim=32)
+    said = refused(capsys, small, "--to", "gguf", "--type", "tq2_0")
+    assert "rows of 96 padded to 256 and of 128 padded to 256 with zeros" in said
+    assert "times as many; use q4_0" in said
+    one_bit = student(tmp_path, "llama", "1bit", **ODD)
+    assert "cannot hold 1bit" in refused(capsys, one_bit, "--to", "gguf", "--type", "tq2_0")
     odd = student(tmp_path, "gemma")
     assert "type 'gemma' cannot be exported" in refused(capsys, odd, "--to", "gguf")
     monkeypatch.setattr(pre_tokenizers, "KNOWN", {})

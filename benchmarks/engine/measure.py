@@ -4,7 +4,8 @@ python benchmarks/engine/measure.py student/ [--windows 8] [--types q4_0]
 Exports the student of a run to GGUF, in a process of its own (seconds, peak memory), and compares
 on held-out windows of the standard library's documentation: the perplexity of both, position by
 position, and the text that both continue five prompts with, 32 tokens, always the most likely one.
-Rewrites runs.jsonl and summary.json beside this file. Needs the extras gguf and chat.
+Appends one JSON line a type to runs.jsonl beside this file and rewrites summary.json. Needs the
+extras gguf and chat.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from lowbit.generate import generate  # noqa: E402
 from lowbit.models.teacher import load_teacher  # noqa: E402
 from lowbit.text.corpus import load_corpus  # noqa: E402
 from lowbit.training.validation import pick_windows  # noqa: E402
-from studies.bench import machine  # noqa: E402
+from studies.bench import RunLog, machine  # noqa: E402
 from studies.commands import measured  # noqa: E402
 
 PROMPTS = (
@@ -98,7 +99,7 @@ def main() -> None:
         p: tokenizer.decode(generate(model, tokenizer.encode(p), TOKENS, temperature=0))
         for p in PROMPTS
     }
-    runs = []
+    log = RunLog(HERE / "runs.jsonl")
     with tempfile.TemporaryDirectory() as folder:
         for kind in o.types:
             path = Path(folder, f"{kind}.gguf")
@@ -112,7 +113,7 @@ def main() -> None:
             for prompt, text in texts.items():
                 found = engine_text(server, [int(i) for i in tokenizer.encode(prompt)])
                 greedy[prompt] = {"ours": text, "engine": found, "same": same_start(text, found)}
-            runs.append(
+            log.append(
                 {
                     "student": packed.name,
                     "type": kind,
@@ -132,8 +133,7 @@ def main() -> None:
                 }
             )
             print(kind, ratio, {p: x["same"] for p, x in greedy.items()}, flush=True)
-    (HERE / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in runs))
-    table = [{k: v for k, v in r.items() if k not in ("greedy", "printed")} for r in runs]
+    table = [{k: v for k, v in r.items() if k not in ("greedy", "printed")} for r in log.runs]
     (HERE / "summary.json").write_text(json.dumps({"runs": table, **machine()}, indent=1) + "\n")
 
 

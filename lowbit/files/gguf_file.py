@@ -2,7 +2,8 @@
 
 Codes and scales go into the format's blocks as they are, without rounding once more:
 
-    TQ2_0   256 weights, 2 bits each and a float16 scale: ternary, rows that 256 divides
+    TQ2_0   256 weights, 2 bits each and a float16 scale: ternary, rows that 256 divides or that
+            zeros make so (`lowbit.files.padding`), which is slower than Q4_0 for SmolLM2
     TQ1_0   the same in 1.69 bits, slower to read
     Q4_0    32 weights, 4 bits each and a float16 scale: a code c is written as c + 8; also what the
             student holds in 4 bits
@@ -135,30 +136,29 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
     kind = next((t.kind for t in low.values()), "ternary")
     widths = sorted({t.values.shape[1] for t in low.values()})
     odd = {t: [w for w in widths if w % size] for t, (size, _) in TYPES.items()}
-    best = asked or ("tq2_0" if kind == "ternary" else "q1_0")
-    size, kinds = TYPES[best]
-    if kind not in kinds:
-        good = [t for t, (_, kinds) in TYPES.items() if kind in kinds]
-        raise UserError(f"--type {best} cannot hold {kind} weights; use {' or '.join(good)}")
-    if not odd[best]:
-        return best, "as asked" if asked else f"the fastest that holds {kind} weights exactly", None
-    if best in PADDED and not odd["q4_0"]:
+    if asked is not None:
+        if kind not in TYPES[asked][1]:
+            good = [t for t, (_, kinds) in TYPES.items() if kind in kinds]
+            raise UserError(f"--type {asked} cannot hold {kind} weights; use {' or '.join(good)}")
+        if not odd[asked]:
+            return asked, "as asked", None
+        size = TYPES[asked][0]
+        needs = f"--type {asked} needs rows of a multiple of {size} weights"
+        if asked not in PADDED:
+            raise UserError(f"{needs}; this model has rows of {odd[asked][0]}; use q4_0")
         zeros = padding(found.config["transformers"], size)
         larger = zeros.growth(found)
-        if asked and larger > MOST_PADDING:
+        if larger > MOST_PADDING:
             raise UserError(
-                f"--type {asked} needs rows of a multiple of {size} weights; with {zeros} this "
-                f"model has {larger:.2f} times as many; use q4_0"
+                f"{needs}; with {zeros} this model has {larger:.2f} times as many; use q4_0"
             )
-        if asked:
-            return asked, f"as asked, {zeros}", zeros
-    if asked:
-        raise UserError(
-            f"--type {asked} needs rows of a multiple of {size} weights; this model has rows of "
-            f"{odd[asked][0]}; use q4_0"
-        )
+        return asked, f"as asked, {zeros}", zeros
+    best = "tq2_0" if kind == "ternary" else "q1_0"
+    if not odd[best]:
+        return best, f"the fastest that holds {kind} weights exactly", None
     if odd["q4_0"]:
         raise UserError(f"rows of {odd['q4_0'][0]} weights fit no block of GGUF (32 divide them)")
+    size = TYPES[best][0]
     why = f"exact, and {best} needs rows of a multiple of {size}, not of {odd[best][0]}"
     return "q4_0", why, None
 
