@@ -3,7 +3,7 @@
 Codes and scales go into the format's blocks as they are, without rounding once more:
 
     TQ2_0   256 weights, 2 bits each and a float16 scale: ternary, rows that 256 divides or that
-            zeros make so (`lowbit.files.padding`), which is slower than Q4_0 for SmolLM2
+            zeros make so (`lowbit.files.padding`), for SmolLM2 no faster than Q4_0
     TQ1_0   the same in 1.69 bits, slower to read
     Q4_0    32 weights, 4 bits each and a float16 scale: a code c is written as c + 8; also what the
             student holds in 4 bits

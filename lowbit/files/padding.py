@@ -37,7 +37,7 @@ def head_shape(config: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def axes_of(name: str) -> tuple[str, ...]:
-    return AXES.get(name.split(".")[-2], ())
+    return AXES.get(name.split(".")[-2:][0], ())
 
 
 @dataclass
