@@ -700,7 +700,12 @@ def run(argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None]
             say=say,
         )
         at(f"go on from the newest checkpoint with --resume {o.output_dir}")
-        rows, summary = train(setup, say, keeper=keeper, saved=saved)
+        try:
+            rows, summary = train(setup, say, keeper=keeper, saved=saved)
+        except RunFailed:
+            if not keeper.checkpoints.begun:  # nothing to go on with
+                keeper.checkpoints.remove()
+            raise
         for line in summary_lines(summary, hybrid=o.hybrid):
             say(line)
         at(f"write the student's files with --resume {o.output_dir}")

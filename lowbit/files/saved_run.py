@@ -123,6 +123,11 @@ class Checkpoints:
     def __bool__(self) -> bool:
         return bool(self._found())
 
+    @property
+    def begun(self) -> bool:
+        """Whether one of them is of a step after the start."""
+        return any(not path.name.endswith("-step-0") for _, path in self._found())
+
     def save(
         self, step: int, about: dict[str, Any], writers: dict[str, Callable[[Any], Any]]
     ) -> Path:

@@ -187,8 +187,7 @@ class Keeper:
         if saved is None:
             raise RunFailed(
                 f"{run.skips} steps in a row had a loss or gradient that is not finite, after "
-                f"{self.rollbacks} rollbacks; check the teacher and --data. The last good state is "
-                f"in {self.checkpoints.folder}"
+                f"{self.rollbacks} rollbacks; check the teacher and --data"
             )
         left = run.t
         run.load(saved)
@@ -275,13 +274,15 @@ def refuse_others(saved: Saved, now: dict[str, Any]) -> None:
 
 
 def refuse_unfinished(output_dir: str) -> None:
-    """UserError where a folder holds a run that a new one would push out."""
+    """UserError where a folder holds a run that a new one would push out; of one that took no step
+    what is left goes."""
     checkpoints = Checkpoints(output_dir)
-    if checkpoints:
+    if checkpoints.begun:
         raise UserError(
             f"{output_dir} holds a run that is not finished; go on with --resume, give another "
             f"--output_dir, or remove {checkpoints.folder}"
         )
+    checkpoints.remove()
 
 
 def as_tensors(value: Any) -> Any:
