@@ -1,0 +1,179 @@
+"""One configuration of HybridOptimizer on small tasks of many kinds, against AdamW and Muon tuned
+for each of them:
+
+    python benchmarks/portfolio/measure.py [--seeds 3] [--tasks "digits, MLP" ...]
+
+Appends a line to runs.jsonl for each run that is not there yet (of this commit or another), and
+rewrites summary.json and table.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from hybrid_optimization import HybridOptimizer, named_kinds, native_bfloat16  # noqa: E402
+from studies.bench import machine  # noqa: E402
+from studies.muon import OwnPrecisionMuon  # noqa: E402
+from studies.portfolio import TASKS, run  # noqa: E402
+
+TUNING_SEED = 1000
+Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
+#: (rate, first beta) of AdamW, (rate of matrices, rate of AdamW for the rest) of Muon, a run each.
+ADAMW = list(itertools.product((1e-3, 3e-3, 1e-2, 3e-2), (0.9, 0.7)))
+MUON = list(itertools.product((5e-3, 2e-2, 5e-2, 1.5e-1), (3e-3, 1e-2)))
+
+
+def adamw(lr: float, beta: float) -> Make:
+    def make(model: nn.Module) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(model.parameters(), lr, betas=(beta, 0.95), weight_decay=0.01)]
+
+    return make
+
+
+def muon(lr: float, rest: float) -> Make:
+    """torch's Muon for matrices of two dimensions, AdamW for all else."""
+
+    def make(model: nn.Module) -> list[torch.optim.Optimizer]:
+        kinds = named_kinds(model)
+        matrices = [p for _, p, kind in kinds if kind == "matrix" and p.ndim == 2]
+        known = {id(p) for p in matrices}
+        others = [p for _, p, _ in kinds if id(p) not in known]
+        found: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(others, rest, betas=(0.9, 0.95), weight_decay=0.01)
+        ]
+        if matrices:
+            native = native_bfloat16(matrices[0].device)
+            method = torch.optim.Muon if native else OwnPrecisionMuon
+            found.append(method(matrices, lr, weight_decay=0.1, momentum=0.9))
+        return found
+
+    return make
+
+
+def hybrid(**options: Any) -> Make:
+    return lambda model: [HybridOptimizer(model, **options)]
+
+
+def variants(steps: int) -> dict[str, dict[str, Any]]:
+    """Of one configuration: what a user may get wrong."""
+    return {
+        "as it is": {"max_steps": steps},
+        "no horizon": {},
+        "horizon / 10": {"max_steps": steps // 10},
+        "horizon x 10": {"max_steps": 10 * steps},
+        "lr / 30": {"max_steps": steps, "lr": 6e-3 / 30},
+        "lr x 30": {"max_steps": steps, "lr": 6e-3 * 30},
+        "step_length / 5": {"max_steps": steps, "step_length": 0.12 / 5},
+        "step_length x 5": {"max_steps": steps, "step_length": 0.12 * 5},
+        "no guidance": {"max_steps": steps, "guided": False},
+    }
+
+
+class Log:
+    """Runs that were made, by what they are."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.known = {self.key(r): r for r in map(json.loads, lines)}
+
+    @staticmethod
+    def key(r: dict[str, Any]) -> tuple:
+        return r["task"], r["method"], json.dumps(r["options"]), r["seed"]
+
+    def loss(self, task: str, method: str, options: Any, seed: int, make: Make) -> float:
+        r: dict[str, Any] = dict(task=task, method=method, options=options, seed=seed)
+        if self.key(r) not in self.known:
+            started = time.perf_counter()
+            try:
+                r["loss"] = run(task, seed, make, linear=method != "hybrid")
+            except (RuntimeError, ValueError) as e:  # weights that are not finite
+                r["loss"], r["error"] = math.inf, str(e)[:200]
+            r |= {"seconds": time.perf_counter() - started, **machine()}
+            with self.path.open("a") as f:
+                f.write(json.dumps(r) + "\n")
+            print(task, method, options, seed, f"{r['loss']:.4f}", flush=True)
+            self.known[self.key(r)] = r
+        return self.known[self.key(r)]["loss"]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def geometric(values: list[float]) -> float:
+    return math.exp(mean([math.log(x) for x in values]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    o = parser.parse_args()
+    torch.set_num_threads(1)
+    log = Log(HERE / "runs.jsonl")
+    table: dict[str, dict[str, Any]] = {}
+    for task in o.tasks:
+        steps = TASKS[task](0).steps
+        row: dict[str, Any] = {}
+        for name, grid, make in (("adamw", ADAMW, adamw), ("muon", MUON, muon)):
+            tuned = min(
+                grid,
+                key=lambda x: log.loss(task, name, list(x), TUNING_SEED, make(*x)),
+            )
+            losses = [log.loss(task, name, list(tuned), s, make(*tuned)) for s in range(o.seeds)]
+            row[name] = {"options": list(tuned), "losses": losses}
+        for name, options in variants(steps).items():
+            losses = [
+                log.loss(task, "hybrid", options, s, hybrid(**options)) for s in range(o.seeds)
+            ]
+            row[name] = {"options": options, "losses": losses}
+        table[task] = row
+        write(table, o.seeds)
+
+
+def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
+    """summary.json: means and ratios; table.md: the same for people."""
+    names = list(next(iter(table.values())))
+    means = {t: {n: mean(r[n]["losses"]) for n in names} for t, r in table.items()}
+    ours = {t: m["as it is"] for t, m in means.items()}
+    ratios = {
+        n: {t: (ours[t] / m[n] if n in ("adamw", "muon") else m[n] / ours[t])
+            for t, m in means.items()}
+        for n in names if n != "as it is"
+    }  # fmt: skip
+    summary = {
+        "command": "python benchmarks/portfolio/measure.py",
+        "seeds": seeds,
+        "means": means,
+        "ratios": {
+            n: {"geometric_mean": geometric(list(r.values())), "worst": max(r.values()), **r}
+            for n, r in ratios.items()
+        },
+        "tuned": {t: {n: r[n]["options"] for n in ("adamw", "muon")} for t, r in table.items()},
+        **machine(),
+    }
+    (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    head = ["task", *names]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for t, m in means.items():
+        lines.append("| " + " | ".join([t, *(f"{m[n]:.4g}" for n in names)]) + " |")
+    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

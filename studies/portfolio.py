@@ -1,0 +1,245 @@
+"""Small tasks of many kinds, on which nothing of the optimiser was chosen but its defaults.
+
+Each task gives a model, a function that draws a batch and returns its loss, a function that
+returns the held-out loss, and the number of steps. Data come with scikit-learn and Python. A task
+is made by its seed: the model's weights and the order of batches; the split is always the same.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+SPLIT_SEED = 7
+HELD_OUT = 0.2
+
+
+@dataclass
+class Problem:
+    model: nn.Module
+    loss: Callable[[], torch.Tensor]  # of a batch, with gradients
+    held_out: Callable[[], float]
+    steps: int
+
+
+def problem(
+    seed: int,
+    model: nn.Module,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    batch: int,
+    steps: int,
+) -> Problem:
+    """Samples x (n, ...) and targets y (n, ...): batches without replacement, epoch by epoch."""
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(x))
+    kept = round(HELD_OUT * len(x))
+    test, train = torch.from_numpy(order[:kept]), order[kept:]
+    rng = np.random.default_rng(seed)
+    waiting: list[int] = []
+
+    def draw() -> torch.Tensor:
+        while len(waiting) < batch:
+            waiting.extend(rng.permutation(train))
+        picked = torch.tensor(waiting[:batch])
+        del waiting[:batch]
+        model.train()
+        return loss(model(x[picked]), y[picked])
+
+    @torch.no_grad()
+    def held_out() -> float:
+        model.eval()
+        return float(loss(model(x[test]), y[test]))
+
+    return Problem(model, draw, held_out, steps)
+
+
+@cache
+def digit_images() -> tuple[torch.Tensor, torch.Tensor]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.tensor(data.images / 16, dtype=torch.float32), torch.tensor(data.target)
+
+
+def mlp(*widths: int, between: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in pairwise(widths):
+        layers += [nn.Linear(a, b), between()]
+    return nn.Sequential(*layers[:-1])
+
+
+def digits_mlp(seed: int) -> Problem:
+    x, y = digit_images()
+    return problem(seed, mlp(64, 128, 128, 10), x.flatten(1), y, F.cross_entropy, 32, 440)
+
+
+def digits_cnn(seed: int) -> Problem:
+    x, y = digit_images()
+    model = nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Flatten(), nn.Linear(288, 10),
+    )  # fmt: skip
+    return problem(seed, model, x[:, None], y, F.cross_entropy, 32, 300)
+
+
+class SmallViT(nn.Module):
+    """Patches of 2 x 2, two blocks of width 48."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(1, 48, 2, stride=2)
+        self.place = nn.Parameter(0.02 * torch.randn(16, 48))
+        block = nn.TransformerEncoderLayer(
+            48, 4, 96, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patch(x).flatten(2).mT + self.place
+        return self.head(self.blocks(tokens).mean(1))
+
+
+def digits_vit(seed: int) -> Problem:
+    x, y = digit_images()
+    return problem(seed, SmallViT(), x[:, None], y, F.cross_entropy, 32, 440)
+
+
+def digits_autoencoder(seed: int) -> Problem:
+    x = digit_images()[0].flatten(1)
+    return problem(seed, mlp(64, 96, 12, 96, 64, between=nn.GELU), x, x, F.mse_loss, 64, 500)
+
+
+def tabular(seed: int) -> Problem:
+    from sklearn.datasets import make_friedman1
+
+    x, y = make_friedman1(4000, n_features=10, noise=1.0, random_state=0)
+    inputs = torch.tensor(2 * x - 1, dtype=torch.float32)
+    targets = torch.tensor((y - y.mean()) / y.std(), dtype=torch.float32)[:, None]
+    model = mlp(10, 128, 128, 1, between=nn.SiLU)
+    return problem(seed, model, inputs, targets, F.mse_loss, 64, 500)
+
+
+def float64_function(seed: int) -> Problem:
+    """A smooth function of two variables in float64, as physics-informed networks fit."""
+    points = torch.from_numpy(np.random.default_rng(SPLIT_SEED).uniform(-1, 1, (2000, 2)))
+    a, b = points.T
+    values = (torch.sin(math.pi * a) * torch.exp(-b) + 0.5 * torch.cos(3 * a * b))[:, None]
+    model = mlp(2, 64, 64, 1, between=nn.Tanh).double()
+    return problem(seed, model, points, values, F.mse_loss, 128, 600)
+
+
+@cache
+def characters() -> tuple[torch.Tensor, int]:
+    """Sources of the standard library as ids of characters, and how many there are."""
+    import argparse
+    import ast
+    import difflib
+    import json
+    import typing
+
+    text = "".join(inspect.getsource(m) for m in (argparse, json, ast, difflib, typing))
+    known, ids = np.unique(
+        np.frombuffer(text.encode("ascii", "ignore"), np.uint8), return_inverse=True
+    )
+    return torch.from_numpy(ids.astype(np.int64)), len(known)
+
+
+def next_character(seed: int, model: nn.Module, length: int, batch: int, steps: int) -> Problem:
+    ids, _ = characters()
+    windows = ids[: len(ids) // (length + 1) * (length + 1)].view(-1, length + 1)
+
+    def loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    return problem(seed, model, windows[:, :-1], windows[:, 1:], loss, batch, steps)
+
+
+class SmallGRU(nn.Module):
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, 64)
+        self.gru = nn.GRU(64, 128, batch_first=True)
+        self.head = nn.Linear(128, vocabulary)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.gru(self.embedding(ids))[0])
+
+
+def character_gru(seed: int) -> Problem:
+    return next_character(seed, SmallGRU(characters()[1]), 64, 16, 400)
+
+
+class SmallGPT(nn.Module):
+    """Two blocks of width 64."""
+
+    def __init__(self, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, 64)
+        self.place = nn.Embedding(length, 64)
+        block = nn.TransformerEncoderLayer(
+            64, 4, 256, dropout=0.0, batch_first=True, norm_first=True, activation="gelu"
+        )
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(64, vocabulary)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        length = ids.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        x = self.embedding(ids) + self.place(torch.arange(length))
+        return self.head(self.blocks(x, mask=mask, is_causal=True))
+
+
+def character_gpt(seed: int) -> Problem:
+    return next_character(seed, SmallGPT(characters()[1], 64), 64, 16, 400)
+
+
+TASKS: dict[str, Callable[[int], Problem]] = {
+    "digits, MLP": digits_mlp,
+    "digits, CNN": digits_cnn,
+    "digits, ViT": digits_vit,
+    "digits, autoencoder": digits_autoencoder,
+    "tabular regression, MLP": tabular,
+    "smooth function in float64, MLP": float64_function,
+    "characters, GRU": character_gru,
+    "characters, GPT": character_gpt,
+}
+
+
+def run(
+    task: str,
+    seed: int,
+    make: Callable[[nn.Module], list[torch.optim.Optimizer]],
+    *,
+    linear: bool,
+) -> float:
+    """Held-out loss after the task's steps; infinite where it is not a number. linear: the rates
+    rise over a twentieth of the run and fall to 0; False where optimisers see to that."""
+    torch.manual_seed(seed)
+    p = TASKS[task](seed)
+    optimizers = make(p.model)
+    rates = [[g["lr"] for g in opt.param_groups] for opt in optimizers]
+    warmup = max(1, round(0.05 * p.steps))
+    for t in range(p.steps):
+        if linear:
+            share = min((t + 1) / warmup, (p.steps - t) / (p.steps - warmup), 1.0)
+            for opt, known in zip(optimizers, rates, strict=True):
+                for group, rate in zip(opt.param_groups, known, strict=True):
+                    group["lr"] = rate * share
+        p.model.zero_grad()
+        p.loss().backward()
+        for opt in optimizers:
+            opt.step()
+    found = p.held_out()
+    return found if math.isfinite(found) else math.inf
