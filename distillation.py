@@ -12,6 +12,7 @@ import argparse
 import copy
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ from hybrid_optimization import (
     HybridTrainingConfig,
 )
 from lowbit import RunFailed, UserError, first_line
-from lowbit.console import Printer, complain, progress_bar, sayable
+from lowbit.console import Printer, progress_bar, sayable
 from lowbit.export import export
 from lowbit.extras import require
 from lowbit.files.atomic import atomic_write, prepare_folder
@@ -62,6 +63,7 @@ from lowbit.text.sampler import StratifiedSampler
 from lowbit.text.tokenizers import Tokenizer
 from lowbit.training.baselines import Baseline
 from lowbit.training.losses import distillation_objective, hidden_state_loss, weighted_mean
+from lowbit.training.parallel import ALONE, Lost, World
 from lowbit.training.preparation import (
     calibrate_student,
     choose_device,
@@ -112,6 +114,7 @@ class Setup:
     student: LanguageModel
     steps_per_epoch: int
     dtype: torch.dtype | None  # that models compute in; None: float32
+    world: World = ALONE
 
     @property
     def lr(self) -> float:
@@ -136,10 +139,12 @@ def set_up(
     *,
     claim: Callable[[], None] = lambda: None,
     calibrates: bool = True,
+    world: World = ALONE,
 ) -> Setup:
     """Load and make what a run needs. claim: called when the output folder is there and before
-    anything is written to it; calibrates: False where the student's weights are to be loaded."""
-    device = choose_device(o.device)
+    anything is written to it; calibrates: False where the student's weights are to be loaded;
+    world: the processes that do the same."""
+    device = world.device(choose_device(o.device))
     torch.manual_seed(o.seed)
     if device.type == "cpu":
         torch.set_flush_denormal(True)
@@ -153,17 +158,26 @@ def set_up(
     limit = teacher.max_positions
     if o.seq_len > limit:
         raise UserError(f"--seq_len {o.seq_len}: the teacher reads at most {limit} tokens")
-    prepare_folder(o.output_dir)
-    claim()
-    for kind, path in output_paths(o, teacher).items():
-        prepare_folder(path.parent, "--metrics_out" if o.metrics_out else "--output_dir")
-        if kind == "transformers":
-            prepare_folder(path)
-        elif path.is_dir():
-            raise UserError(f"cannot write {path}: it is a folder")
+    if o.batch_size < world.count:
+        raise UserError(f"--batch_size {o.batch_size}: fewer windows than {world.count} processes")
+
+    def claim_folders() -> None:
+        prepare_folder(o.output_dir)
+        claim()
+        for kind, path in output_paths(o, teacher).items():
+            prepare_folder(path.parent, "--metrics_out" if o.metrics_out else "--output_dir")
+            if kind == "transformers":
+                prepare_folder(path)
+            elif path.is_dir():
+                raise UserError(f"cannot write {path}: it is a folder")
+
+    def read_text() -> Corpus:
+        paths = [own_text(o, teacher, tokenizer) if x == "self" else x for x in o.data]
+        return load_corpus(paths, o.seq_len, tokenizer)
+
+    world.first(claim_folders)
     teacher = teacher.to(device)
-    paths = [own_text(o, teacher, tokenizer) if x == "self" else x for x in o.data]
-    corpus = load_corpus(paths, o.seq_len, tokenizer)
+    corpus = world.after_first(read_text)
     n = len(corpus.train)
     if o.batch_size > n:
         raise UserError(f"--batch_size {o.batch_size}: the text has only {n} training windows")
@@ -173,7 +187,7 @@ def set_up(
         o.samples_per_epoch = min(o.steps_per_epoch * o.batch_size, n)
     if o.samples_per_epoch > n:
         raise UserError(f"--samples_per_epoch {o.samples_per_epoch}: the text has {n} windows")
-    takes = plan(o, teacher, corpus)
+    takes = plan(o, teacher, corpus, world)
     if takes:
         say(takes.line())
     dtype = choose_dtype(device, teacher)
@@ -185,10 +199,14 @@ def set_up(
         quantize(o, student)
         if calibrates:
             calibrate_student(o, student, original, corpus)
+    world.hand_out([*student.parameters(), *student.buffers()])
     if isinstance(teacher, TransformersLM) and dtype:
         hold_linears(teacher, dtype)
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
-    return Setup(o, device, tokenizer, corpus, teacher, student, per_epoch, dtype)
+    s = Setup(o, device, tokenizer, corpus, teacher, student, per_epoch, dtype, world)
+    if world.count > 1 and world.first(s.about) != s.about():
+        raise UserError("the processes read another teacher or text, or got other flags")
+    return s
 
 
 # ------------------------------------------------------------------------------- the optimiser
@@ -290,13 +308,18 @@ def make_step(
         weights = share.copy()
         if manager and manager.config.use_clustering:
             weights *= manager.cluster_rates(t)[clusters[indices]]
+        # Of several processes each has its part of the sum that the batch's mean is.
+        mine, own = s.world.part(len(indices))
         s.student.zero_grad(set_to_none=True)
         found = []
         with strength(s.student, quant_strength(s, t)), rounded_once(s.student):
-            for i in range(0, len(indices), o.micro_batch_size):
-                part = slice(i, i + o.micro_batch_size)
-                found.append(one_pass(windows[part], weights[part] * len(weights[part])))
-        each, ce, kl = (torch.cat(x) for x in zip(*found, strict=True))
+            for i in range(mine.start, mine.stop, o.micro_batch_size):
+                part = slice(i, min(i + o.micro_batch_size, mine.stop))
+                factors = weights[part] * len(weights[part]) * own
+                found.append(one_pass(windows[part], factors))
+        here = torch.stack([torch.cat(x) for x in zip(*found, strict=True)])
+        each, ce, kl = s.world.gather(here, len(indices))
+        s.world.sum_up([p.grad for p in s.student.parameters() if p.grad is not None])
         if o.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(s.student.parameters(), o.max_grad_norm)
 
@@ -346,7 +369,8 @@ class Run:
         clustered = cluster_batches or (self.manager is not None and o.use_clustering)
         if clustered and saved is None:
             clusterer = self.manager or make_manager(s)
-            self.clusters = clusterer.setup_data_clustering(s.corpus.train)
+            cluster = clusterer.setup_data_clustering
+            self.clusters = s.world.first(lambda: cluster(s.corpus.train))
         if self.manager:
             parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
             if o.use_auxiliary_nn:
@@ -354,11 +378,12 @@ class Run:
             say(f"Initialized hybrid optimization{parts}")
 
         quick = pick_windows(s.corpus.validation, math.ceil(o.quick_tokens / o.seq_len))
-        self.reference = Reference(s.teacher, quick, s.device, s.dtype)
+        self.reference = Reference(s.teacher, quick, s.device, s.dtype, s.world)
         self.best: Best | None = None
         self.start = math.nan
         if self.manager and o.qat and o.student_init == "teacher":
-            self.best = Best(s.student, o.output_dir)  # the start is good: never end behind it
+            # The start is good: never end behind it.
+            self.best = Best(s.student, None if s.world.rank else o.output_dir)
             if saved is None:
                 self.start = self.reference.validate(s.student).loss
                 self.best.see(self.start)
@@ -441,11 +466,12 @@ class Run:
         return row
 
     def finish(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """Give the student the weights to be kept; the run's summary."""
+        """Give the student the weights to be kept, of several processes the first's; the run's
+        summary."""
         if self.baseline:
             self.baseline.use_averaged()
         if self.best:
-            if self.rows[-1]["val_loss_quantized"] > self.best.loss:
+            if self.rows[-1]["val_loss_quantized"] > self.best.loss and not self.s.world.rank:
                 self.best.restore()
             say(
                 f"Validation loss of the quantized student: {self.start:.4f} before training, "
@@ -516,7 +542,7 @@ class Run:
             self.resumed, self.rolled_back = state["counts"]
             self._before, self._started = state["seconds"], time.perf_counter()
             torch.set_rng_state(state["random"])
-            for i, x in enumerate(state["random_cuda"]):
+            for i, x in zip(range(torch.cuda.device_count()), state["random_cuda"], strict=False):
                 torch.cuda.set_rng_state(x, i)
             if self.best:
                 self.best.read_from(saved.folder / "best.bin", state["best"])
@@ -674,11 +700,14 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
     return problem
 
 
-def run(argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None]) -> None:
+def run(
+    argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None], world: World
+) -> None:
     """The whole command. ``at`` is told what a signal, or a full disk, leaves behind from then."""
+    world.join(stop)
     o, saved = parse_options(argv), None
     if o.resume is not None:
-        o, saved = resume_options(o, argv)
+        o, saved = world.first(lambda: resume_options(o, argv))
     with ExitStack() as stack:
 
         def claim() -> None:
@@ -686,7 +715,7 @@ def run(argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None]
             if saved is None:
                 refuse_unfinished(o.output_dir)
 
-        setup = set_up(o, say, claim=claim, calibrates=saved is None)
+        setup = set_up(o, say, claim=claim, calibrates=saved is None, world=world)
         if saved:
             refuse_others(saved, setup.about())
             argv = saved.about["command"]
@@ -698,6 +727,7 @@ def run(argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None]
             argv,
             every=o.save_every,
             say=say,
+            world=world,
         )
         at(f"go on from the newest checkpoint with --resume {o.output_dir}")
         try:
@@ -709,8 +739,13 @@ def run(argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None]
         for line in summary_lines(summary, hybrid=o.hybrid):
             say(line)
         at(f"write the student's files with --resume {o.output_dir}")
-        problem = save(setup, rows, say)
-        keeper.checkpoints.remove()
+
+        def save_all() -> UserError | None:
+            problem = save(setup, rows, say)
+            keeper.checkpoints.remove()
+            return problem
+
+        problem = world.first(save_all)
     if problem:
         raise problem
 
@@ -723,22 +758,28 @@ def main(argv: list[str] | None = None) -> int:
         nonlocal left
         left = what
 
-    say = Printer()
-    try:
-        with Stop() as stop:
-            run(sys.argv[1:] if argv is None else argv, say, stop, at)
-    except Finished as e:
-        say(str(e))
-    except UserError as e:
-        return e.tell()
-    except OSError as e:
-        complain(f"error: cannot write {e.filename or ''}: {e.strerror or e}; {left}")
-        return 1
-    except (Stopped, KeyboardInterrupt) as e:
-        if not getattr(e, "told", False):
-            complain(f"interrupted; {left}")
-        return getattr(e, "code", 130)
-    return 0
+    world = World.of(os.environ)
+    with world.quiet():
+        say = Printer()
+        try:
+            with Stop() as stop:
+                run(sys.argv[1:] if argv is None else argv, say, stop, at, world)
+        except Finished as e:
+            say(str(e))
+        except Lost as e:
+            return world.leave(e.code, f"error: {e}; {left}", lost=True)
+        except UserError as e:
+            return world.leave(e.code, f"error: {e}")
+        except OSError as e:
+            line = f"error: cannot write {e.filename or ''}: {e.strerror or e}; {left}"
+            return world.leave(1, line)
+        except (Stopped, KeyboardInterrupt) as e:
+            line = "" if getattr(e, "told", False) else f"interrupted; {left}"
+            return world.leave(getattr(e, "code", 130), line)
+        except SystemExit as e:  # argparse has told why
+            world.leave(int(e.code or 0))
+            raise
+        return world.leave(0)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from lowbit.training.estimate import (
     seconds_a_token,
     weights,
 )
+from lowbit.training.parallel import ALONE, World
 from lowbit.training.validation import autocast, batch_of
 
 CALIBRATION_BATCH = 8  # windows at a time
@@ -152,7 +153,9 @@ def own_text(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer
         return str(written_by(teacher, tokenizer, o.self_tokens, o.seed, bar.update))
 
 
-def plan(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estimate | None:
+def plan(
+    o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus, world: World = ALONE
+) -> Estimate | None:
     """Settle how a step is cut into passes, by the memory that is free; what the run will take,
     where the teacher is one of `transformers`'. UserError where memory is too short."""
     if not isinstance(teacher, TransformersLM):
@@ -165,8 +168,9 @@ def plan(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estim
     blocks = weights(teacher.blocks)
     left = (o.student_layers or len(teacher.blocks)) / len(teacher.blocks)
     trained = int(weights(teacher) - weights(teacher.embedding) - (1 - left) * blocks)
-    # The teacher is in memory already.
-    available = memory_available(device) + 4 * weights(teacher)
+    # The teacher is in memory already. Processes on CPUs share theirs.
+    sharers = world.beside if device.type == "cpu" else 1
+    available = memory_available(device) / sharers + 4 * weights(teacher)
 
     def needed(windows: int, recomputes: bool) -> float:
         return memory_needed(
@@ -178,15 +182,17 @@ def plan(o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus) -> Estim
         sizes = [min(o.micro_batch_size, o.batch_size)]
     else:
         sizes = halved(min(most, o.batch_size))
-    o.micro_batch_size, o.activation_checkpointing = choose_passes(
-        sizes, few, o.activation_checkpointing, lambda *choice: needed(*choice) <= available
+    o.micro_batch_size, o.activation_checkpointing = world.first(
+        lambda: choose_passes(
+            sizes, few, o.activation_checkpointing, lambda *choice: needed(*choice) <= available
+        )
     )
 
     ids = batch_of(corpus.train[: o.micro_batch_size], device)[0]
     with autocast(device, dtype):
         second = seconds_a_token(teacher, ids)
     windows_in_all = o.epochs * (o.samples_per_epoch or len(corpus.train))
-    passes = STEP_PASSES + o.activation_checkpointing
+    passes = (STEP_PASSES + o.activation_checkpointing) / world.count
     tokens = passes * windows_in_all * o.seq_len + CALIBRATION_PASSES * o.calibration_tokens * bool(
         o.calibrate
     )

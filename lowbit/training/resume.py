@@ -23,6 +23,7 @@ from lowbit.console import complain
 from lowbit.files.saved_run import MANIFEST, Checkpoints, Saved
 from lowbit.options import parse_options
 from lowbit.signals import Stop, Stopped
+from lowbit.training.parallel import ALONE, World
 
 #: Without --save_every: seconds between checkpoints, or so many times what the last one took.
 USUAL_SECONDS, COST = 600.0, 100.0
@@ -95,7 +96,8 @@ class Trained(Protocol):
 @dataclass
 class Keeper:
     """Saves a run: at its start and its end, at intervals, and where a signal ends it; brings it
-    back where its numbers are beyond repair.
+    back where its numbers are beyond repair. Of several processes each has one, and the first's
+    writes.
 
     steps_per_epoch, max_steps: the run's. every: what --save_every says; None: every ten
     minutes, or as seldom as makes saving cost a hundredth of the time.
@@ -108,13 +110,16 @@ class Keeper:
     command: Sequence[str]
     every: tuple[str, float] | None = None
     say: Callable[[str], None] = lambda line: None
+    world: World = ALONE
     rollbacks: int = 0
     _last: float = field(default_factory=time.monotonic)
     _took: float = 0.0
     _tried: set[Path] = field(default_factory=set)  # checkpoints that a rollback led back to
 
     def __post_init__(self) -> None:
-        self.events = Events(self.checkpoints.folder.parent)
+        self.events: Callable[..., None] = Events(self.checkpoints.folder.parent)
+        if self.world.rank:
+            self.events = lambda event, step, **about: None
 
     def start(self, run: Trained) -> None:
         """Before the first step: a calibrated start has cost time, and a rollback needs one."""
@@ -122,9 +127,10 @@ class Keeper:
 
     def after_step(self, run: Trained) -> None:
         """Save if it is due. Raises Stopped, after saving, where a signal has come."""
-        if self.stop.number is not None:
+        number = self.world.stopping
+        if number is not None:
             try:
-                path = self.save(run)
+                path = self.world.first(lambda: self.save(run))
             except OSError as e:
                 raise RunFailed(
                     f"stopped at step {run.t}, which could not be saved ({e.strerror}); go on from "
@@ -134,8 +140,8 @@ class Keeper:
                 f"stopped at step {run.t} of {self.max_steps}, saved in {path}; go on with "
                 f"--resume {self._folder}"
             )
-            self.events("stop", run.t, signal=self.stop.number)
-            raise Stopped(self.stop.number, told=True)
+            self.events("stop", run.t, signal=number)
+            raise Stopped(number, told=True)
         # While steps are skipped the weights may be the reason: not what to return to.
         if run.t == self.max_steps or (self._due(run.t) and not run.skips):
             self._save_or_warn(run)
@@ -167,6 +173,8 @@ class Keeper:
         return path
 
     def _save_or_warn(self, run: Trained) -> None:
+        if self.world.rank:
+            return
         try:
             self.save(run)
         except OSError as e:
@@ -181,9 +189,7 @@ class Keeper:
         self.events("skip", run.t, loss=loss, gradient_norm=gradient)
         if run.skips < MAX_CONSECUTIVE_SKIPS:
             return
-        good = [x for x in self.checkpoints.whole() if x.about.get("skips") == 0]
-        new = [x for x in good if x.folder not in self._tried]
-        saved = (new + good[-1:])[0] if good and self.rollbacks < MAX_ROLLBACKS else None
+        saved = self.world.first(self._to_return_to)
         if saved is None:
             raise RunFailed(
                 f"{run.skips} steps in a row had a loss or gradient that is not finite, after "
@@ -196,6 +202,11 @@ class Keeper:
         self._tried.add(saved.folder)
         self.events("rollback", left, to=run.t)
         self.say(f"Rolled back from step {left} to {run.t}: too many numbers were not finite")
+
+    def _to_return_to(self) -> Saved | None:
+        good = [x for x in self.checkpoints.whole() if x.about.get("skips") == 0]
+        new = [x for x in good if x.folder not in self._tried]
+        return (new + good[-1:])[0] if good and self.rollbacks < MAX_ROLLBACKS else None
 
 
 # ---------------------------------------------------------------------------- a saved run, found

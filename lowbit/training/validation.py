@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from lowbit import UserError
 from lowbit.models.interface import LanguageModel
 from lowbit.text.tokenizers import UNCOUNTED
 from lowbit.training.losses import IGNORED, distillation_objective
+from lowbit.training.parallel import ALONE, World
 
 EVAL_TOKENS = {"cpu": 2048, "cuda": 16384}  # at a time
 
@@ -68,12 +69,15 @@ class Best:
     """The trained weights of a model as they were when it validated best.
 
     They are kept in a file without a name in ``folder``, which the system removes with the
-    process: as many bytes as the student's weights, which memory should not hold once more.
+    process: as many bytes as the student's weights, which memory should not hold once more. Where
+    ``folder`` is None another process keeps them, and only the loss is kept.
     """
 
-    def __init__(self, model: nn.Module, folder: str | Path) -> None:
+    def __init__(self, model: nn.Module, folder: str | Path | None) -> None:
         self.model, self.loss = model, math.inf
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._file: IO[bytes] | None = None
+        if folder is not None:
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -82,13 +86,15 @@ class Best:
     def see(self, loss: float) -> None:
         """Told the validation loss that the model has now. OSError where the disk is full."""
         if loss < self.loss:
-            self._file.seek(0)
-            for p in self._trained():
-                self._file.write(p.detach().cpu().contiguous().numpy().data)
+            if self._file:
+                self._file.seek(0)
+                for p in self._trained():
+                    self._file.write(p.detach().cpu().contiguous().numpy().data)
             self.loss = loss
 
     def write_to(self, file: Any) -> None:
         """Copy the best weights as they are kept."""
+        assert self._file
         self._file.seek(0)
         while part := self._file.read(1 << 24):
             file.write(part)
@@ -99,14 +105,16 @@ class Best:
         size = sum(p.numel() * p.element_size() for p in self._trained())
         if path.stat().st_size != size:
             raise UserError(f"{path} holds the weights of another model")
-        self._file.seek(0)
-        with path.open("rb") as source:
-            shutil.copyfileobj(source, self._file, 1 << 24)
+        if self._file:
+            self._file.seek(0)
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, self._file, 1 << 24)
         self.loss = loss
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give the model the best weights that were seen."""
+        assert self._file
         self._file.seek(0)
         for p in self._trained():
             raw = self._file.read(p.numel() * p.element_size())
@@ -123,16 +131,20 @@ class Reference:
         windows: np.ndarray,
         device: torch.device,
         dtype: torch.dtype | None = None,
+        world: World = ALONE,
     ) -> None:
-        """dtype: what models compute in, None for float32."""
+        """dtype: what models compute in, None for float32; world: the processes that share the
+        windows, all of which must validate."""
         self.teacher, self.windows, self.device, self.dtype = teacher, windows, device, dtype
+        self.world = world
         self.finals = [self._final(teacher, part) for part in self._parts()]
         self.teacher_loss = self.validate(teacher).loss
 
     def _parts(self) -> Iterator[np.ndarray]:
         size = max(1, EVAL_TOKENS[self.device.type] // (self.windows.shape[1] - 1))
-        for i in range(0, len(self.windows), size):
-            yield self.windows[i : i + size]
+        mine = self.windows[self.world.part(len(self.windows))[0]]
+        for i in range(0, len(mine), size):
+            yield mine[i : i + size]
 
     @torch.no_grad()
     def _final(self, model: LanguageModel, windows: np.ndarray) -> torch.Tensor:
@@ -153,7 +165,8 @@ class Reference:
             kls.append(kl)
         counts = torch.from_numpy(counted_tokens(self.windows)).double()
         share = counts / counts.sum().clamp_min(1)
-        ce, kl = (torch.cat(x).double().cpu() for x in (ces, kls))
+        mine = torch.stack([torch.cat(x).double().cpu() for x in (ces, kls)])
+        ce, kl = self.world.gather(mine, len(self.windows))
         loss = float((ce * share).sum())
         error = float((share * (ce - loss)).square().sum().sqrt())
         return Validation(loss, error, float((kl * share).sum()))
