@@ -369,8 +369,8 @@ class Run:
         clustered = cluster_batches or (self.manager is not None and o.use_clustering)
         if clustered and saved is None:
             clusterer = self.manager or make_manager(s)
-            cluster = clusterer.setup_data_clustering
-            self.clusters = s.world.first(lambda: cluster(s.corpus.train))
+            labels = clusterer.setup_data_clustering(s.corpus.train)
+            self.clusters = s.world.first(lambda: labels)
         if self.manager:
             parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
             if o.use_auxiliary_nn:

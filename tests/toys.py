@@ -115,4 +115,4 @@ def same(a, b):
     elif isinstance(a, np.ndarray):
         np.testing.assert_array_equal(a, b)
     else:
-        assert a == b
+        assert a == b or (a != a and b != b)  # NaN

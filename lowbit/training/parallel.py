@@ -45,7 +45,8 @@ def reached() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        raise Lost(f"another process has ended or does not answer ({first_line(e)})") from e
+        why = first_line(e).split("] ", 1)[-1]  # after a place in gloo's source
+        raise Lost(f"another process has ended or does not answer ({why})") from e
 
 
 @dataclass(eq=False)
@@ -137,6 +138,7 @@ class World:
                 self._store.add("read", 1)
             elif lost and self._store.check(["reason"]):
                 code, line = json.loads(self._store.get("reason"))
+                lost = False
         except RuntimeError:  # process 0 has gone without a word
             if self.rank and line:
                 with redirect_stderr(sys.__stderr__):
@@ -147,8 +149,9 @@ class World:
         if not self.rank:
             self._disconnect()
             self._store.set("code", str(code))
+            others = self.count - 1 - lost
             end = time.monotonic() + LAST_WORDS  # the store may be in this process
-            while self._store.add("read", 0) < self.count - 1 and time.monotonic() < end:
+            while self._store.add("read", 0) < others and time.monotonic() < end:
                 time.sleep(0.02)
         return code
 
