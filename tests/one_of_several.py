@@ -16,7 +16,8 @@ import distillation
 
 folder, happens, *flags = sys.argv[1:]
 rank = int(os.environ["RANK"])
-mine = {step: what for r, step, what in json.loads(happens) if r == rank}
+again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+mine = {step: what for r, step, what in json.loads(happens) if r == rank and not again}
 original, objective = distillation.Run.step, distillation.distillation_objective
 now = 0  # the number of the step, from 1
 

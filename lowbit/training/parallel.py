@@ -45,7 +45,7 @@ def reached() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        why = first_line(e).split("] ", 1)[-1]  # after a place in gloo's source
+        why = first_line(e).split("] ", 1)[-1].split(". ")[0]  # gloo: where, what, advice
         raise Lost(f"another process has ended or does not answer ({why})") from e
 
 
@@ -100,11 +100,12 @@ class World:
         try:
             timeout = timedelta(seconds=float(text))
             store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-            self._store = dist.PrefixStore("apl-hybrid", store)
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # has left keys there
+            self._store = dist.PrefixStore(f"apl-hybrid {attempt}", store)
             gpus = torch.cuda.is_available() and dist.is_nccl_available()
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if gpus else "gloo",
-                store=store,
+                store=self._store,
                 rank=self.rank,
                 world_size=self.count,
                 timeout=timeout,
