@@ -30,7 +30,7 @@ BUCKET = 1 << 26  # bytes of tensors that are sent together
 #: Seconds in which all must have come to an exchange, a checkpoint that process 0 writes among it.
 TIMEOUT, TIMEOUT_VARIABLE = 600.0, "APL_HYBRID_TIMEOUT"
 PATIENCE = timedelta(days=1)  # while process 0 makes what others wait for: tokens, files
-LAST_WORDS = 5.0  # seconds that processes wait for each other at the end
+LAST_WORDS = 20.0  # seconds that processes wait for each other at the end; torchrun waits for 30
 
 T = TypeVar("T")
 
