@@ -48,6 +48,7 @@ from lowbit.options import (
 from lowbit.text.sampler import StratifiedSampler
 from lowbit.training import validation
 from lowbit.training.baselines import Baseline
+from lowbit.training.step import Setup, make_manager
 from studies.bench import TIMED_PAIRS, Bench
 from studies.definitions import METHODS, PAIR, QUICK, SPOILED, STUDIES, TASKS
 from studies.tables import (
@@ -80,7 +81,7 @@ def at_once(share: float) -> float:
 _references: dict[Any, validation.Reference] = {}
 
 
-def teacher_on(setup: distillation.Setup, windows: np.ndarray) -> validation.Reference:
+def teacher_on(setup: Setup, windows: np.ndarray) -> validation.Reference:
     """The teacher on the held-out windows, kept from one run to the next: it is the same, and no
     part of a run."""
     key = (setup.corpus.fingerprint, setup.options.teacher, windows.shape, setup.device)
@@ -188,7 +189,7 @@ def run_digits(
         options=o, lr=o.lr, max_steps=steps, steps_per_epoch=STEPS_PER_EPOCH
     )
     started, waited = time.perf_counter(), 0.0
-    manager = distillation.make_manager(setup) if o.hybrid else None
+    manager = make_manager(setup) if o.hybrid else None
     baseline = None if manager else Baseline(o, model, steps)
     clusters = np.zeros(len(images) - 360, int)
     if manager and o.use_clustering:

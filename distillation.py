@@ -2,8 +2,9 @@
 
     python distillation.py --hybrid --ternary --qat --epochs 20 --save_metrics
 
-The file reads like the run: options, text, models, clusters, the training step, the run, files.
-What the run is made of is in ``lowbit/``; the optimiser in ``hybrid_optimization.py``.
+The file reads like the run: options, text, models, training, files. A step is in
+``lowbit/training/step.py``, what goes on from step to step in ``lowbit/training/run.py``; the
+optimiser is ``hybrid_optimization.py``.
 """
 
 from __future__ import annotations
@@ -14,22 +15,14 @@ import gc
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from hybrid_optimization import (
-    ConstrainedOptimizer,
-    HybridOptimizationManager,
-    HybridTrainingConfig,
-)
-from lowbit import RunFailed, UserError, first_line
+from lowbit import RunFailed, UserError
 from lowbit.console import Printer, progress_bar, sayable
 from lowbit.export import export
 from lowbit.extras import require
@@ -40,29 +33,14 @@ from lowbit.files.packed import load_packed, save_packed
 from lowbit.files.saved_run import Checkpoints, Saved, locked
 from lowbit.generate import generate
 from lowbit.models.decoder import CausalLM
-from lowbit.models.interface import LanguageModel, recomputed
 from lowbit.models.student import make_student
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import TransformersLM, hold_linears, save_folder
-from lowbit.options import (
-    WARMUP_FRACTION,
-    default,
-    parse_options,
-)
-from lowbit.quantization.layers import (
-    count_flips,
-    latent,
-    rounded_once,
-    snapshot_codes,
-    strength,
-)
+from lowbit.options import parse_options
+from lowbit.quantization.layers import latent
 from lowbit.report import epoch_line, model_card, plot_metrics, summary_lines, write_csv
 from lowbit.signals import Stop, Stopped
 from lowbit.text.corpus import Corpus, load_corpus
-from lowbit.text.sampler import StratifiedSampler
-from lowbit.text.tokenizers import Tokenizer
-from lowbit.training.baselines import Baseline
-from lowbit.training.losses import distillation_objective, hidden_state_loss, weighted_mean
 from lowbit.training.parallel import ALONE, Lost, World
 from lowbit.training.preparation import (
     calibrate_student,
@@ -79,58 +57,18 @@ from lowbit.training.resume import (
     MAX_CONSECUTIVE_SKIPS,
     Finished,
     Keeper,
-    as_tensors,
-    print_of,
     refuse_others,
     refuse_unfinished,
     resume_options,
-    settings_of,
 )
-from lowbit.training.validation import (
-    Best,
-    Reference,
-    Validation,
-    autocast,
-    batch_of,
-    counted_tokens,
-    pick_windows,
-)
+from lowbit.training.run import Run
+from lowbit.training.step import Setup
+from lowbit.training.validation import Reference, Validation, pick_windows
 
 SAMPLE_PROMPT = {"byte": "Return the ", "token": "Return the"}
 SAMPLE_TOKENS = {"byte": 200, "token": 60}
 
 # ------------------------------------------------------------------------------ text and models
-
-
-@dataclass
-class Setup:
-    """Everything that is fixed before the first step."""
-
-    options: argparse.Namespace
-    device: torch.device
-    tokenizer: Tokenizer
-    corpus: Corpus
-    teacher: LanguageModel
-    student: LanguageModel
-    steps_per_epoch: int
-    dtype: torch.dtype | None  # that models compute in; None: float32
-    world: World = ALONE
-
-    @property
-    def lr(self) -> float:
-        return self.options.lr
-
-    @property
-    def max_steps(self) -> int:
-        return self.steps_per_epoch * self.options.epochs
-
-    def about(self) -> dict[str, Any]:
-        """What must be the same when the run goes on."""
-        return {
-            "settings": settings_of(self.options),
-            "text": self.corpus.fingerprint,
-            "teacher": print_of(self.teacher),
-        }
 
 
 def set_up(
@@ -209,360 +147,7 @@ def set_up(
     return s
 
 
-# ------------------------------------------------------------------------------- the optimiser
-
-
-def make_manager(s: Setup) -> HybridOptimizationManager:
-    o = s.options
-    return HybridOptimizationManager(
-        HybridTrainingConfig(
-            use_quantization=o.qat,
-            target_bits=1.58 if o.ternary else 1,
-            use_clustering=o.use_clustering,
-            data_clusters=o.data_clusters,
-            parameter_clusters=o.param_clusters,
-            use_auxiliary_nn=o.use_auxiliary_nn,
-            use_matrix_geometry=o.use_matrix_geometry,
-            use_trust_region=o.use_trust_region,
-            initial_trust_radius=o.initial_trust_radius,
-            trust_radius_adaptation=o.trust_radius_adaptation,
-            base_learning_rate=s.lr,
-            step_length=ConstrainedOptimizer.RELATIVE_GAIN
-            * default("lr", "hybrid", o.student_init),
-            max_steps=s.max_steps,
-            batch_size=o.batch_size,
-            momentum=o.momentum,
-            weight_decay=o.weight_decay,
-            warmup_fraction=WARMUP_FRACTION,
-            lr_schedule=o.lr_schedule,
-            clustering_warmup_steps=o.clustering_warmup_epochs * s.steps_per_epoch,
-            seed=o.seed,
-        )
-    )
-
-
-# ------------------------------------------------------------------------------- training step
-
-
-@dataclass
-class StepResult:
-    loss: float
-    ce: float
-    kl: np.ndarray  # (B,), nats a token
-    lr: float
-    seconds: float
-    control: dict[str, Any] = field(default_factory=dict)  # the manager's answer, hybrid only
-
-
-def quant_strength(s: Setup, t: int) -> float:
-    """How far step t's forward pass rounds, 0 to 1: linear over --quant_warmup of the run."""
-    return min(1.0, t / (s.options.quant_warmup * s.max_steps)) if s.options.quant_warmup else 1.0
-
-
-def make_step(
-    s: Setup, optimizer: HybridOptimizationManager | Baseline, clusters: np.ndarray
-) -> Callable[[int, np.ndarray], StepResult]:
-    """The function that does one training step on the windows of the given indices."""
-    o = s.options
-    manager = None if isinstance(optimizer, Baseline) else optimizer
-    same_blocks = (
-        len(s.student.blocks) == len(s.teacher.blocks)
-        and s.student.hidden_size == s.teacher.hidden_size
-    )
-    hidden_weight = o.hidden_weight if same_blocks else 0.0
-
-    def one_pass(windows: np.ndarray, weights: np.ndarray) -> tuple[torch.Tensor, ...]:
-        """Add the gradients of the mean of these windows' objectives times their weights (B,).
-        Returns each window's objective, cross-entropy and KL, (B,) each."""
-        inputs, labels = batch_of(windows, s.device)
-        factors = torch.from_numpy(weights).float().to(s.device)
-
-        with autocast(s.device, s.dtype):
-            with torch.no_grad():
-                target = s.teacher.features(inputs)
-            with recomputed(s.student.blocks if o.activation_checkpointing else ()):
-                out = s.student.features(inputs)
-            objective, ce, kl = distillation_objective(
-                s.student,
-                s.teacher,
-                out.final,
-                target.final,
-                labels,
-                factors,
-                o.alpha,
-                o.temperature,
-            )
-        each = (o.alpha * ce + (1 - o.alpha) * kl).detach()
-        if hidden_weight:
-            hint = hidden_state_loss(out.hidden_states, target.hidden_states, labels)
-            objective = objective + hidden_weight * weighted_mean(hint, factors)
-            each = each + hidden_weight * hint.detach()
-        objective.backward()
-        return each, ce.detach(), kl.detach().float()
-
-    def step(t: int, indices: np.ndarray) -> StepResult:
-        started = time.perf_counter()
-        windows = s.corpus.train[indices]
-        counts = counted_tokens(windows)
-        share = counts / max(1, counts.sum())  # every counted token weighs the same
-        weights = share.copy()
-        if manager and manager.config.use_clustering:
-            weights *= manager.cluster_rates(t)[clusters[indices]]
-        # Of several processes each has its part of the sum that the batch's mean is.
-        mine, own = s.world.part(len(indices))
-        s.student.zero_grad(set_to_none=True)
-        found = []
-        with strength(s.student, quant_strength(s, t)), rounded_once(s.student):
-            for i in range(mine.start, mine.stop, o.micro_batch_size):
-                part = slice(i, min(i + o.micro_batch_size, mine.stop))
-                factors = weights[part] * len(weights[part]) * own
-                found.append(one_pass(windows[part], factors))
-        here = torch.stack([torch.cat(x) for x in zip(*found, strict=True)])
-        each, ce, kl = s.world.gather(here, len(indices))
-        s.world.sum_up([p.grad for p in s.student.parameters() if p.grad is not None])
-        if o.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(s.student.parameters(), o.max_grad_norm)
-
-        # What the host reads, it reads after it has launched the step: reading waits for a GPU.
-        of_tokens = torch.from_numpy(share * len(share)).float().to(s.device)
-        mean = weighted_mean(each, of_tokens)
-        control: dict[str, Any] = {}
-        if isinstance(optimizer, Baseline):
-            lr = optimizer.step(t)
-        else:
-            control = optimizer.optimization_step(s.student, mean, None, cluster_id=-1, step=t)
-            lr = control["learning_rate"]
-        loss, kls = float(mean), kl.cpu().numpy()
-        kls[counts == 0] = np.nan
-        if manager:
-            manager.observe_clusters(clusters[indices], kls)
-        elif not math.isfinite(loss):
-            raise RunFailed("the loss is not finite; use a smaller --lr, or --hybrid")
-        seconds = time.perf_counter() - started
-        return StepResult(loss, float(weighted_mean(ce, of_tokens)), kls, lr, seconds, control)
-
-    return step
-
-
 # ------------------------------------------------------------------------------------- the run
-
-
-class Run:
-    """A training as it goes on: all that its next step depends on, and what it has to tell.
-
-    A checkpoint holds the student's weights, the optimiser (with the auxiliary network, clusters
-    and regions), the sampler, random states, the metrics and the best weights seen.
-    """
-
-    def __init__(
-        self,
-        s: Setup,
-        say: Callable[[str], None],
-        *,
-        cluster_batches: bool = False,
-        saved: Saved | None = None,
-    ) -> None:
-        o = s.options
-        self.s, self.t = s, 0
-        self.clusters = self.everything = np.zeros(len(s.corpus.train), dtype=int)
-        self.manager = make_manager(s) if o.hybrid else None
-        clustered = cluster_batches or (self.manager is not None and o.use_clustering)
-        if clustered and saved is None:
-            clusterer = self.manager or make_manager(s)
-            labels = clusterer.setup_data_clustering(s.corpus.train)
-            self.clusters = s.world.first(lambda: labels)
-        if self.manager:
-            parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
-            if o.use_auxiliary_nn:
-                parts += " and auxiliary NN guidance" if parts else " with auxiliary NN guidance"
-            say(f"Initialized hybrid optimization{parts}")
-
-        quick = pick_windows(s.corpus.validation, math.ceil(o.quick_tokens / o.seq_len))
-        self.reference = Reference(s.teacher, quick, s.device, s.dtype, s.world)
-        self.best: Best | None = None
-        self.start = math.nan
-        if self.manager and o.qat and o.student_init == "teacher":
-            # The start is good: never end behind it.
-            self.best = Best(s.student, None if s.world.rank else o.output_dir)
-            if saved is None:
-                self.start = self.reference.validate(s.student).loss
-                self.best.see(self.start)
-        baseline = None if self.manager else Baseline(o, s.student, s.max_steps)
-        self.baseline = baseline
-        self.optimizer: HybridOptimizationManager | Baseline = self.manager or baseline  # type: ignore
-        self._sample_by(self.everything)
-        self.codes = snapshot_codes(s.student) if saved is None else {}
-        self.results: list[StepResult] = []  # of the epoch so far
-        self.picked: list[np.ndarray] = []  # its windows
-        self.rows: list[dict[str, Any]] = []
-        self.resumed = self.rolled_back = 0
-        self._before = 0.0  # seconds, of the processes before this one
-        self._started = time.perf_counter()
-        if saved is not None:
-            self.load(saved)
-            self.resumed += 1
-            say(f"Resumed at step {self.t} of {s.max_steps}")
-        self._step = make_step(s, self.optimizer, self.clusters)
-
-    def _sample_by(self, labels: np.ndarray) -> None:
-        self.balanced = labels is self.clusters and bool(labels.any())
-        self.sampler = StratifiedSampler(labels, self.s.options.batch_size, self.s.options.seed)
-
-    @property
-    def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._started
-
-    @property
-    def skips(self) -> int:
-        return self.manager.consecutive_skips if self.manager else 0
-
-    def step(self) -> StepResult:
-        """One training step."""
-        s, o = self.s, self.s.options
-        epoch, place = divmod(self.t, s.steps_per_epoch)
-        if not place and epoch == o.clustering_warmup_epochs and self.clusters.any():
-            self._sample_by(self.clusters)
-        left = (o.samples_per_epoch or len(s.corpus.train)) - place * o.batch_size
-        indices = self.sampler.next_batch(min(o.batch_size, left))
-        self.results.append(self._step(self.t, indices))
-        self.picked.append(indices)
-        self.t += 1
-        return self.results[-1]
-
-    def end_epoch(self) -> dict[str, Any]:
-        """Validate where it is due; the epoch's metrics, a row of the CSV."""
-        s, o, results = self.s, self.s.options, self.results
-        epoch = self.t // s.steps_per_epoch - 1
-        finite = [r for r in results if math.isfinite(r.loss)]
-        row: dict[str, Any] = {"epoch": epoch, "step": self.t}
-        row["train_loss"] = float(np.mean([r.loss for r in finite])) if finite else math.nan
-        row["train_ce"] = float(np.mean([r.ce for r in finite])) if finite else math.nan
-        kl = np.concatenate([r.kl for r in results])
-        row["train_kl"] = mean_of(kl)
-        if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
-            with self.baseline.averaged() if self.baseline else nullcontext():
-                found = self.reference.validate(s.student)
-            row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
-            row["val_kl"], row["val_loss_teacher"] = found.kl, self.reference.teacher_loss
-            if self.best:
-                self.best.see(found.loss)
-        row["lr"] = float(np.mean([r.lr for r in results]))
-        if self.manager:
-            row["lr_multiplier"] = float(np.mean([r.control["lr_multiplier"] for r in results]))
-            row["trust_radius"] = self.manager.trust_radius
-            row["activation_rate"] = float(np.mean([r.control["active_share"] for r in results]))
-        if o.qat:
-            row["code_flips"] = count_flips(s.student, self.codes)
-            row["quant_strength"] = quant_strength(s, self.t - 1)
-        if self.manager and o.use_clustering:
-            where = self.clusters[np.concatenate(self.picked)]
-            for k in range(o.data_clusters):
-                mine = kl[where == k]
-                row[f"kl_cluster_{k}"] = mean_of(mine) if len(mine) else ""
-        row["median_step_seconds"] = float(np.median([r.seconds for r in results]))
-        row["seconds"] = self.seconds
-        self.rows.append(row)
-        self.results, self.picked = [], []
-        return row
-
-    def finish(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """Give the student the weights to be kept, of several processes the first's; the run's
-        summary."""
-        if self.baseline:
-            self.baseline.use_averaged()
-        if self.best:
-            if self.rows[-1]["val_loss_quantized"] > self.best.loss and not self.s.world.rank:
-                self.best.restore()
-            say(
-                f"Validation loss of the quantized student: {self.start:.4f} before training, "
-                f"{self.best.loss:.4f} after"
-            )
-        summary = self.manager.get_summary() if self.manager else {"total_steps": self.t}
-        summary["final_loss"] = self.rows[-1]["train_loss"]
-        return {**summary, "resumed": self.resumed, "rollbacks": self.rolled_back}
-
-    # ------------------------------------------------------------------------ saved and loaded
-
-    def about(self) -> dict[str, Any]:
-        return self.s.about()
-
-    def writers(self) -> dict[str, Callable[[Any], Any]]:
-        """What writes each of a checkpoint's files."""
-        student = self.s.student
-        frozen = {p.data_ptr() for p in student.parameters() if not p.requires_grad}
-        weights = {k: v for k, v in student.state_dict().items() if v.data_ptr() not in frozen}
-        state = {
-            "t": self.t,
-            "optimizer": self.optimizer.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "balanced": self.balanced,
-            "clusters": self.clusters,
-            "codes": self.codes,
-            "results": [vars(r) for r in self.results],
-            "picked": self.picked,
-            "rows": self.rows,
-            "start": self.start,
-            "best": self.best.loss if self.best else math.nan,
-            "counts": [self.resumed, self.rolled_back],
-            "seconds": self.seconds,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state_all() if self.s.device.type == "cuda" else [],
-        }
-        found: dict[str, Callable[[Any], Any]] = {
-            "student.pt": lambda f: torch.save(weights, f),
-            "state.pt": lambda f: torch.save(as_tensors(state), f),
-        }
-        if self.best:
-            found["best.bin"] = self.best.write_to
-        return found
-
-    def load(self, saved: Saved) -> None:
-        """Become what a checkpoint of the same run holds. UserError where it does not fit."""
-        s = self.s
-        weights, state = saved.load("student.pt"), saved.load("state.pt")
-        try:
-            unknown = s.student.load_state_dict(weights, strict=False).unexpected_keys
-            if unknown:
-                raise KeyError(unknown[0])
-            self.t = int(state["t"])
-            if self.manager:
-                self.manager.load_state_dict(state["optimizer"], s.student)
-            else:
-                self.optimizer.load_state_dict(state["optimizer"])
-            self.clusters = state["clusters"].numpy().copy()
-            self._sample_by(self.clusters if state["balanced"] else self.everything)
-            self.sampler.load_state_dict(state["sampler"])
-            self.codes = {k: v.clone() for k, v in state["codes"].items()}
-            self.results = [
-                StepResult(**{**r, "kl": r["kl"].numpy().copy()}) for r in state["results"]
-            ]
-            self.picked = [x.numpy().copy() for x in state["picked"]]
-            self.rows = state["rows"]
-            self.start = state["start"]
-            self.resumed, self.rolled_back = state["counts"]
-            self._before, self._started = state["seconds"], time.perf_counter()
-            torch.set_rng_state(state["random"])
-            for i, x in zip(range(torch.cuda.device_count()), state["random_cuda"], strict=False):
-                torch.cuda.set_rng_state(x, i)
-            if self.best:
-                self.best.read_from(saved.folder / "best.bin", state["best"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as e:
-            raise UserError(
-                f"{saved.folder} does not fit this run: {type(e).__name__}: {first_line(e)}"
-            ) from e
-        self._step = make_step(s, self.optimizer, self.clusters)
-
-    def back_off(self, factor: float) -> None:
-        """Go on more carefully, after a rollback."""
-        self.rolled_back += 1
-        if self.manager:
-            self.manager.back_off(factor)
-
-
-def mean_of(values: np.ndarray) -> float:
-    """The mean of those that are numbers; of none, not a number."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else math.nan
 
 
 def train(

@@ -13,12 +13,14 @@ import sys
 import torch
 
 import distillation
+from lowbit.training import step as step_module
+from lowbit.training.run import Run
 
 folder, happens, *flags = sys.argv[1:]
 rank = int(os.environ["RANK"])
 again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 mine = {step: what for r, step, what in json.loads(happens) if r == rank and not again}
-original, objective = distillation.Run.step, distillation.distillation_objective
+original, objective = Run.step, step_module.distillation_objective
 now = 0  # the number of the step, from 1
 
 
@@ -38,5 +40,5 @@ def damaged(*arguments):
     return (found * float("nan") if mine.get(now) == "nan" else found), ce, kl
 
 
-distillation.Run.step, distillation.distillation_objective = step, damaged
+Run.step, step_module.distillation_objective = step, damaged
 sys.exit(distillation.main(flags))

@@ -21,6 +21,7 @@ from lowbit.files.packed import load_packed
 from lowbit.options import parse_options
 from lowbit.quantization.layers import low_bit_layers
 from lowbit.training.baselines import Baseline
+from lowbit.training.step import make_manager
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -271,7 +272,7 @@ def test_momentum_and_rate_reach_every_optimizer(text_file, tiny_teacher, name):
     words += ["--hybrid"] if name == "hybrid" else ["--optimizer", name]
     setup = distillation.set_up(parse_options(words))
     if name == "hybrid":
-        config = distillation.make_manager(setup).config
+        config = make_manager(setup).config
         assert (config.momentum, config.base_learning_rate) == (0.5, 0.0123)
         return
     baseline = Baseline(setup.options, setup.student, setup.max_steps)

@@ -21,8 +21,10 @@ from lowbit.quantization import layers
 from lowbit.quantization.layers import low_bit_layers, quantize_model, rounded_once
 from lowbit.text.corpus import load_corpus
 from lowbit.text.tokenizers import UNCOUNTED, TeacherTokenizer
+from lowbit.training.baselines import Baseline
 from lowbit.training.estimate import choose_passes, halved
 from lowbit.training.losses import IGNORED, distillation_objective
+from lowbit.training.step import make_step
 from lowbit.training.validation import Reference, batch_of, counted_tokens
 
 pytest.importorskip("transformers")
@@ -70,8 +72,8 @@ def gradients(folder: Path, text: Path, tmp_path: Path, *flags: str) -> tuple[li
     setup = distillation.set_up(parse_options([*words, *flags]))
     setup = replace(setup, dtype=None)
     before = [p.detach().clone() for p in setup.student.parameters()]
-    optimizer = distillation.Baseline(setup.options, setup.student, 1)
-    result = distillation.make_step(setup, optimizer, np.zeros(9999, int))(0, np.arange(6))
+    optimizer = Baseline(setup.options, setup.student, 1)
+    result = make_step(setup, optimizer, np.zeros(9999, int))(0, np.arange(6))
     after = setup.student.parameters()
     return [a - b.detach() for a, b in zip(before, after, strict=True)], result.loss
 

@@ -25,6 +25,8 @@ from lowbit.files import saved_run
 from lowbit.files.saved_run import Checkpoints, Saved, locked
 from lowbit.signals import Stop, Stopped
 from lowbit.training import resume
+from lowbit.training import step as step_module
+from lowbit.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -45,7 +47,7 @@ def at_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
     """Have something happen after the step of this number, once."""
 
     def plan(number: int, happen: Callable[[], None]) -> None:
-        original, done = distillation.Run.step, []
+        original, done = Run.step, []
 
         def step(self):
             result = original(self)
@@ -54,7 +56,7 @@ def at_step(monkeypatch) -> Callable[[int, Callable[[], None]], None]:
                 happen()
             return result
 
-        monkeypatch.setattr(distillation.Run, "step", step)
+        monkeypatch.setattr(Run, "step", step)
 
     return plan
 
@@ -248,7 +250,7 @@ def stopped_once(tiny_teacher, text_file, tmp_path_factory) -> Path:
     """A run that was stopped in its second epoch, with a checkpoint of the first."""
     folder = tmp_path_factory.mktemp("stopped") / "out"
     flags = ["--teacher", str(tiny_teacher), "--data", str(text_file), *HYBRID]
-    original = distillation.Run.step
+    original = Run.step
 
     def step(self):
         if self.t == 3:
@@ -256,7 +258,7 @@ def stopped_once(tiny_teacher, text_file, tmp_path_factory) -> Path:
         return original(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distillation.Run, "step", step)
+        patch.setattr(Run, "step", step)
         assert run(folder, *flags, "--save_every", "1") == 143
     return folder
 
@@ -536,14 +538,14 @@ def broken(monkeypatch) -> Callable[[range], None]:
     """Have the objective be no number at these calls of it, counted over the whole run."""
 
     def plan(calls: range) -> None:
-        original, count = distillation.distillation_objective, [0]
+        original, count = step_module.distillation_objective, [0]
 
         def objective(*args, **kwargs):
             found = original(*args, **kwargs)
             count[0] += 1
             return (found[0] * float("nan"), *found[1:]) if count[0] - 1 in calls else found
 
-        monkeypatch.setattr(distillation, "distillation_objective", objective)
+        monkeypatch.setattr(step_module, "distillation_objective", objective)
 
     return plan
 
@@ -579,14 +581,14 @@ def test_rolled_back_with_shorter_steps(flags, tmp_path, at_step, broken, monkey
     assert kinds == [("skip", 5), ("skip", 6), ("skip", 7), ("rollback", 7)]
 
     broken(range(4, 7))
-    original = distillation.Run.back_off
+    original = Run.back_off
 
     def back_off(self, factor):
         original(self, factor)
         assert factor == 0.5
         at_step(5, kill(signal.SIGTERM))
 
-    monkeypatch.setattr(distillation.Run, "back_off", back_off)
+    monkeypatch.setattr(Run, "back_off", back_off)
     assert run(tmp_path / "parts", *flags) == 143
     broken(range(0))
     assert run(tmp_path / "parts", "--resume") == 0
@@ -614,7 +616,7 @@ def test_a_run_that_took_no_step_is_in_nobodys_way(flags, tmp_path, monkeypatch)
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(distillation.Run, "step", die)
+        patch.setattr(Run, "step", die)
         with pytest.raises(MemoryError):
             run(folder, *flags, *HYBRID)
     assert Checkpoints(folder).newest().about["step"] == 0

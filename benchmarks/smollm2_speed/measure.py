@@ -27,13 +27,14 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import distillation  # noqa: E402
 from lowbit.options import parse_options  # noqa: E402
+from lowbit.training.step import Setup, make_manager, make_step  # noqa: E402
 from lowbit.training.validation import autocast, batch_of  # noqa: E402
 from studies.bench import machine  # noqa: E402
 
 FLAGS = "--hybrid --ternary --qat --teacher smollm2 --calibrate=false"
 
 
-def plain_step(s: distillation.Setup) -> Callable[[np.ndarray], float]:
+def plain_step(s: Setup) -> Callable[[np.ndarray], float]:
     """The step as one writes it; it has a teacher and a student of its own."""
     student, teacher, o = copy.deepcopy(s.student), copy.deepcopy(s.teacher), s.options
     for p in teacher.parameters():
@@ -71,9 +72,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         o = parse_options(f"{FLAGS} --output_dir {folder}".split())
         s = distillation.set_up(o)
-        manager = distillation.make_manager(s)
+        manager = make_manager(s)
         clusters = manager.setup_data_clustering(s.corpus.train)
-        plain, ours = plain_step(s), distillation.make_step(s, manager, clusters)
+        plain, ours = plain_step(s), make_step(s, manager, clusters)
         rng = np.random.default_rng(0)
         runs = []
         for t in range(count + 2):
