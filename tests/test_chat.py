@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -163,3 +165,23 @@ def test_a_nucleus_is_the_least_set_of_that_mass():
     assert [next(new) for _ in range(6)] == greedy
     wide = stream(model, [1], temperature=5.0)
     assert [next(wide) for _ in range(6)] != greedy
+
+
+def test_an_http_api_answers(folder):
+    """What the guide says of servers: a GGUF behind the OpenAI-style API that llama.cpp has."""
+    pytest.importorskip("xllamacpp")
+    server = chat.open_server(next(folder.glob("*.gguf")), 256, 1)
+    asked = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 5,
+        "temperature": 0,
+    }
+    request = urllib.request.Request(
+        f"{server.listening_address}/v1/chat/completions",
+        json.dumps(asked).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        found = json.load(answer)
+    assert found["choices"][0]["message"]["content"] == "aaaaa"
+    assert found["usage"]["completion_tokens"] == 5
