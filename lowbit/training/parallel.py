@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -149,11 +149,12 @@ class World:
             complain(line)
         if not self.rank:
             self._disconnect()
-            self._store.set("code", str(code))
             others = self.count - 1 - lost
             end = time.monotonic() + LAST_WORDS  # the store may be in this process
-            while self._store.add("read", 0) < others and time.monotonic() < end:
-                time.sleep(0.02)
+            with suppress(RuntimeError):  # or in a torchrun that was killed
+                self._store.set("code", str(code))
+                while self._store.add("read", 0) < others and time.monotonic() < end:
+                    time.sleep(0.02)
         return code
 
     # ------------------------------------------------------------------------- what is shared
