@@ -1504,8 +1504,9 @@ class HybridOptimizer(ConstrainedOptimizer):
     1/t from step ANNEAL on, and never ends; `end_in` lets it fall to 0 over so many steps more. A
     schedule of the caller's, an LRScheduler's or one that writes group["lr"], replaces all that.
 
-    Guidance is `Guidance`: it needs no loss, but is shown one by a closure or by `observe`. The
-    rate that was used is group["guided_lr"]; group["lr"] is the caller's and is never written.
+    Guidance is `Guidance`: it needs no loss, but is shown one by a closure or by `observe`. Its
+    multiplier is of step_length, so the size of lr does not matter: its course does, and how rates
+    of groups compare. What was used is group["guided_lr"]; group["lr"] is never written.
 
     Reading slopes and norms waits for a GPU. Raises ValueError for options that make no sense.
     """
@@ -1547,12 +1548,12 @@ class HybridOptimizer(ConstrainedOptimizer):
         self.steps = 0  # taken or skipped
         self._ending: tuple[int, int] | None = None  # from which step, over how many
         self._loss = 0.0
-        self._known_lr = float(self.param_groups[0]["lr"])
+        self._known_lr = self._peak = float(self.param_groups[0]["lr"])
         self._outer = False  # somebody else's schedule is at work
 
     # An optimiser is copied and pickled by what torch names, plus this.
     _OWN = ("max_steps", "warmup_fraction", "guidance", "steps", "_ending", "_loss", "_known_lr",
-            "_outer")  # fmt: skip
+            "_peak", "_outer")  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{k: getattr(self, k) for k in self._OWN}}
@@ -1594,10 +1595,10 @@ class HybridOptimizer(ConstrainedOptimizer):
             return 0.0
         self._outer = self._outer or "initial_lr" in group or lr != self._known_lr
         if self._outer:
-            peak = float(group.get("initial_lr", 0.0)) or max(self.guidance.peak, self._known_lr)
-            self.guidance.peak = max(peak, lr)
-            return lr / self.guidance.peak
-        self.guidance.peak = lr
+            peak = float(group.get("initial_lr", 0.0)) or self._peak
+            self._peak = max(peak, lr)
+            return lr / self._peak
+        self._peak = lr
         return self.schedule(self.steps)
 
     @torch.no_grad()
@@ -1624,8 +1625,11 @@ class HybridOptimizer(ConstrainedOptimizer):
             if self.max_steps
             else self.ANNEAL / (self.ANNEAL + step)
         )
+        guidance.peak = guidance.step_length / self.RELATIVE_GAIN
         multiplier, shift, cap = guidance.lead(self, state, left)
         guidance.share = share
+        if guidance.network is not None:
+            multiplier *= guidance.peak / self._peak
         factor = (1.0 if self._outer else share) * multiplier
         for group in self.param_groups:
             group["guided_lr"] = factor * cap * group["lr"]

@@ -118,15 +118,31 @@ def test_the_schedule_without_a_horizon_and_its_end():
         optimizer.end_in(0)
 
 
-def test_guidance_brings_a_rate_that_is_too_small_to_its_length():
-    """Rates thirty times apart: after a few steps the same rate is used, ten times is the most."""
-    used = {}
-    for lr in (2e-3, 6e-3, 6e-2):
-        model = make_net()
-        optimizer = HybridOptimizer(model, max_steps=100, lr=lr)
-        train(model, optimizer, 30)
-        used[lr] = optimizer.param_groups[0]["guided_lr"]
-    assert max(used.values()) < 1.05 * min(used.values())
+def test_the_size_of_the_rate_does_not_matter():
+    """Six decades of it, and the same steps; with a scheduler, too."""
+    found = {}
+    for lr in (1e-6, 6e-3, 1.0):
+        for scheduled in (False, True):
+            model = make_net()
+            optimizer = HybridOptimizer(model, max_steps=40, lr=lr)
+            if scheduled:
+                scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+            for _ in range(12):
+                loss = train(model, optimizer, 1)
+                if scheduled:
+                    scheduler.step()
+            found[lr, scheduled] = loss
+    for scheduled in (False, True):
+        same = [x for (_, s), x in found.items() if s == scheduled]
+        assert same == pytest.approx([same[0]] * 3, rel=1e-3)
+    assert found[1.0, False] != pytest.approx(found[1.0, True], rel=1e-3)
+
+
+@pytest.mark.parametrize("length", [0.024, 0.6])
+def test_guidance_finds_its_length(length):
+    """From a fifth, or from five times the usual."""
+    model = make_net()
+    assert train(model, HybridOptimizer(model, max_steps=60, step_length=length), 60) < 0.1
 
 
 def test_a_closure_is_called_once_and_shows_its_loss():
