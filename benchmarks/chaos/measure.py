@@ -1,8 +1,8 @@
 """A run that is killed at random, a hundred times, and resumed each time; and an undisturbed one.
 
-    python benchmarks/chaos/measure.py [--kills 100] [--epochs 190] [--seed 0]
+    python benchmarks/chaos/measure.py [--kills 100] [--epochs 190] [--seed 0] [--undisturbed FOLDER]
 
-Both must end with the same files. Appends a line to runs.jsonl for each kill, and writes
+FOLDER holds an undisturbed run's files, where they are there already. Both must end with the same files. Appends a line to runs.jsonl for each kill, and writes
 summary.json.
 """
 
@@ -32,7 +32,7 @@ FLAGS = (
     "--hybrid --ternary --qat --seq_len 32 --batch_size 4 --samples_per_epoch 64 --eval_every 10 "
     "--save_metrics --save_every 5s"
 )
-EARLIEST, LATEST = 1.0, 30.0  # seconds after a process started
+EARLIEST, LATEST = 1.0, 20.0  # seconds after a process started
 
 
 def command(folder: Path, epochs: int) -> list[str]:
@@ -69,13 +69,15 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--epochs", type=int, default=190)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--undisturbed", type=Path)
     o = parser.parse_args()
     rng = random.Random(o.seed)
     with tempfile.TemporaryDirectory() as name, (HERE / "runs.jsonl").open("w") as log:
-        whole, parts = Path(name, "whole"), Path(name, "parts")
+        whole, parts = o.undisturbed or Path(name, "whole"), Path(name, "parts")
         started = time.perf_counter()
-        subprocess.run(command(whole, o.epochs), check=True, capture_output=True)
-        undisturbed = time.perf_counter() - started
+        if not o.undisturbed:
+            subprocess.run(command(whole, o.epochs), check=True, capture_output=True)
+        undisturbed = None if o.undisturbed else time.perf_counter() - started
         kills = 0
         started = time.perf_counter()
         while True:
