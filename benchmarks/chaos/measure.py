@@ -1,9 +1,9 @@
 """A run that is killed at random, a hundred times, and resumed each time; and an undisturbed one.
 
-    python benchmarks/chaos/measure.py [--kills 100] [--epochs 190] [--seed 0] [--undisturbed FOLDER]
+    python benchmarks/chaos/measure.py [--kills 100] [--epochs 190] [--seed 0] [--undisturbed DIR]
 
-FOLDER holds an undisturbed run's files, where they are there already. Both must end with the same files. Appends a line to runs.jsonl for each kill, and writes
-summary.json.
+DIR holds an undisturbed run's files, where they are there already. Both must end with the same
+files. Writes runs.jsonl, a line a kill, and summary.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FLAGS = (
     "--hybrid --ternary --qat --seq_len 32 --batch_size 4 --samples_per_epoch 64 --eval_every 10 "
     "--save_metrics --save_every 5s"
 )
-EARLIEST, LATEST = 1.0, 20.0  # seconds after a process started
+EARLIEST, LATEST = 1.0, 15.0  # seconds after a process started
 
 
 def command(folder: Path, epochs: int) -> list[str]:
