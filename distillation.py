@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lowbit import RunFailed, UserError
+from lowbit import NotFinite, RunFailed, UserError
 from lowbit.console import Printer, progress_bar, sayable
 from lowbit.export import export
 from lowbit.extras import require
@@ -57,6 +57,7 @@ from lowbit.training.resume import (
     MAX_CONSECUTIVE_SKIPS,
     Finished,
     Keeper,
+    print_of,
     refuse_others,
     refuse_unfinished,
     resume_options,
@@ -87,6 +88,7 @@ def set_up(
     if device.type == "cpu":
         torch.set_flush_denormal(True)
     teacher, tokenizer = load_teacher(o.teacher)
+    fingerprint = print_of(teacher)
     settle(o, teacher, tokenizer)
     if o.export:
         require("gguf", "gguf")
@@ -141,7 +143,7 @@ def set_up(
     if isinstance(teacher, TransformersLM) and dtype:
         hold_linears(teacher, dtype)
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
-    s = Setup(o, device, tokenizer, corpus, teacher, student, per_epoch, dtype, world)
+    s = Setup(o, device, tokenizer, corpus, teacher, student, per_epoch, dtype, world, fingerprint)
     if world.count > 1 and world.first(s.about) != s.about():
         raise UserError("the processes read another teacher or text, or got other flags")
     return s
@@ -167,7 +169,7 @@ def train(
     the run as it goes on; saved: a checkpoint to go on from.
     """
     run = Run(s, say, cluster_batches=cluster_batches, saved=saved)
-    if keeper and saved is None:
+    if keeper and not (saved and keeper.checkpoints.is_newest(saved)):
         keeper.start(run)
     with (
         progress_bar(total=s.max_steps, initial=run.t, unit="step", disable=not bar) as progress,
@@ -188,6 +190,8 @@ def train(
                 after_epoch(run.t / s.max_steps)
             if keeper:
                 keeper.after_step(run)
+    if keeper:
+        keeper.end()
     summary = run.finish(say)
     return run.rows, summary
 
@@ -299,11 +303,14 @@ def run(
             stack.enter_context(locked(o.output_dir))
             if saved is None:
                 refuse_unfinished(o.output_dir)
+            elif not saved.there:
+                raise UserError(f"--resume: the run in {o.output_dir} has just gone on; try again")
 
         setup = set_up(o, say, claim=claim, calibrates=saved is None, world=world)
         if saved:
             refuse_others(saved, setup.about())
-            argv = saved.about["command"]
+            argv = [*saved.about["command"], *argv]
+            at(f"go on from the newest checkpoint with --resume {o.output_dir}")
         keeper = Keeper(
             Checkpoints(o.output_dir, o.keep),
             stop,
@@ -312,13 +319,14 @@ def run(
             argv,
             every=o.save_every,
             say=say,
+            at=at,
             world=world,
+            rollbacks=saved.rollbacks if saved else 0,
         )
-        at(f"go on from the newest checkpoint with --resume {o.output_dir}")
         try:
             rows, summary = train(setup, say, keeper=keeper, saved=saved)
-        except RunFailed:
-            if not keeper.checkpoints.begun:  # nothing to go on with
+        except NotFinite:
+            if not world.rank and not keeper.checkpoints.begun:  # nothing to go on with
                 keeper.checkpoints.remove()
             raise
         for line in summary_lines(summary, hybrid=o.hybrid):

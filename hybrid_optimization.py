@@ -23,6 +23,7 @@ Needs torch, numpy and scikit-learn only. ``HYBRID_OPTIMIZATION_GUIDE.md`` is th
 from __future__ import annotations
 
 import copy
+import io
 import math
 import re
 import warnings
@@ -282,8 +283,9 @@ class AuxiliaryNeuralNetwork(nn.Module):
             raise ValueError(f"output_size must be 2 (multiplier, radius), not {output_size}")
         # Whatever torch.set_default_dtype and torch.set_default_device say.
         plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-        self.hidden = nn.Linear(input_size, hidden_size, **plain)
-        self.output = nn.Linear(hidden_size, output_size, **plain)
+        # Without a draw from the caller's random numbers.
+        self.hidden = nn.utils.skip_init(nn.Linear, input_size, hidden_size, **plain)
+        self.output = nn.utils.skip_init(nn.Linear, hidden_size, output_size, **plain)
         generator = torch.Generator("cpu").manual_seed(seed)
         with torch.no_grad():
             self.hidden.weight.copy_(
@@ -910,15 +912,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     def _refuse_others(self, state_dict: dict[str, Any]) -> None:
         """Where sizes of groups differ, torch says so."""
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if "matrix_metric_decay" not in saved:
+                raise ValueError("load_state_dict: this is the state of another optimiser")
             for i, (p, key) in enumerate(zip(group["params"], saved["params"], strict=False)):
                 state = state_dict["state"].get(key)
                 if not state:
                     continue
-                if "mean" not in state:
-                    raise ValueError(
-                        f"load_state_dict: this is the state of another optimiser (it holds "
-                        f"{', '.join(map(str, state))})"
-                    )
                 if state["mean"].shape != p.shape:
                     names = group.get("param_names") or [f"parameter {i} of its group"]
                     raise ValueError(
@@ -1029,7 +1028,6 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     def _clusters(self, group: dict[str, Any]) -> list[int]:
         return group["clusters"] or [0] * len(group["params"])
 
-    @torch.no_grad()
     def step(  # type: ignore[override]
         self,
         closure: Callable[[], float] | None = None,
@@ -1049,6 +1047,27 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         On a GPU the host never waits, so that only the count of steps, which the means are
         corrected by, goes on; reading `info` waits.
         """
+        return self._take(
+            closure,
+            lr_scale=lr_scale,
+            radius_scale=radius_scale,
+            cap=cap,
+            keep_step=keep_step,
+            gradient_norm=gradient_norm,
+        )
+
+    @torch.no_grad()
+    def _take(
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        lr_scale: float = 1.0,
+        radius_scale: float = 1.0,
+        cap: float = 1.0,
+        keep_step: bool = False,
+        gradient_norm: Tensor | None = None,
+    ) -> float | None:
+        """`step`, without the hooks that torch puts around a method of this name."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -1501,14 +1520,17 @@ class HybridOptimizer(ConstrainedOptimizer):
 
     Schedule. With max_steps the rate rises over `warmup_fraction` of them and falls to 0 at their
     end; after that it goes on at half the rate, falling as 1/sqrt(t). Without max_steps it falls as
-    1/t from step ANNEAL on, and never ends; `end_in` lets it fall to 0 over so many steps more. A
-    schedule of the caller's, an LRScheduler's or one that writes group["lr"], replaces all that.
+    1/t from step ANNEAL on, and never ends; `end_in` brings it to 0. schedule=False keeps it. A
+    schedule of the caller's replaces all that: an LRScheduler's (whose initial_lr or max_lr is its
+    peak), or one that writes group["lr"] from the first step on (whose peak is lr). Rates that are
+    written later are factors of the schedule.
 
     Guidance is `Guidance`: it needs no loss, but is shown one by a closure or by `observe`. Its
     multiplier is of step_length, so the size of lr does not matter: its course does, and how rates
     of groups compare. What was used is group["guided_lr"]; group["lr"] is never written.
 
-    Reading slopes and norms waits for a GPU. Raises ValueError for options that make no sense.
+    Reading slopes and norms waits for a GPU. A loaded state brings its max_steps along; set the
+    attribute to extend a run. Raises ValueError for options that make no sense.
     """
 
     ANNEAL = 100  # steps before a rate without a horizon begins to fall
@@ -1522,6 +1544,7 @@ class HybridOptimizer(ConstrainedOptimizer):
         max_steps: int | None = None,
         *,
         pretrained: bool = False,
+        schedule: bool = True,
         warmup_fraction: float = 0.05,
         step_length: float | None = None,
         guided: bool = True,
@@ -1530,15 +1553,14 @@ class HybridOptimizer(ConstrainedOptimizer):
     ) -> None:
         if max_steps is not None:
             _check("max_steps", max_steps, _COUNT)
+        if step_length is not None:
+            _check("step_length", step_length, _POSITIVE)
         _check("warmup_fraction", warmup_fraction, _RULES["warmup_fraction"])
         _check("seed", seed, _RULES["seed"])
         start: dict[str, Any] = {**(_PRETRAINED if pretrained else _FROM_SCRATCH)}
         nominal = self.RELATIVE_GAIN * start["lr"]
         start |= options
-        decay = start.pop("weight_decay")
-        super().__init__(_grouped(params, decay), **start)
-        if step_length is not None:
-            _check("step_length", step_length, _POSITIVE)
+        super().__init__(_grouped(params, start["weight_decay"]), **start)
         network = AuxiliaryNeuralNetwork(seed=seed) if guided else None
         if network is not None:
             network.radius_center = self.defaults["initial_radius"]
@@ -1546,14 +1568,19 @@ class HybridOptimizer(ConstrainedOptimizer):
         longest = Guidance.LONGEST if guided else math.inf
         self.guidance = Guidance(network, min(step_length or nominal, longest))
         self.steps = 0  # taken or skipped
+        self._moved = 0  # of them those that moved something
         self._ending: tuple[int, int] | None = None  # from which step, over how many
         self._loss = 0.0
-        self._known_lr = self._peak = float(self.param_groups[0]["lr"])
+        self._known_lr = max(float(g["lr"]) for g in self.param_groups)
+        self._peak = self._known_lr
         self._outer = False  # somebody else's schedule is at work
+        self._scheduled = schedule
+        self._by_length = guided or step_length is not None  # not by the size of lr
 
     # An optimiser is copied and pickled by what torch names, plus this.
-    _OWN = ("max_steps", "warmup_fraction", "guidance", "steps", "_ending", "_loss", "_known_lr",
-            "_peak", "_outer")  # fmt: skip
+    _OWN = ("max_steps", "warmup_fraction", "guidance", "steps", "_moved", "_ending", "_loss",
+            "_known_lr", "_peak", "_outer", "_scheduled", "_by_length")  # fmt: skip
+    _STATE_BYTES = 1 << 16  # always as many: a checkpoint is read into what a fresh optimiser holds
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{k: getattr(self, k) for k in self._OWN}}
@@ -1568,13 +1595,19 @@ class HybridOptimizer(ConstrainedOptimizer):
         self._loss = value if math.isfinite(value) else self._loss
 
     def end_in(self, steps: int) -> None:
-        """From now on let the rate fall to 0, linearly, over so many steps."""
+        """From now on multiply the rate by a line that falls to 0 over so many steps. ValueError
+        where a schedule of the caller's is at work."""
         _check("steps", steps, _COUNT)
+        if self._outer:
+            raise ValueError("end_in: a schedule of the caller's rules the rate; let that end")
         self._ending = (self.steps, steps)
 
     def schedule(self, step: int) -> float:
         """Share of the peak rate at a step (from 0), where no schedule of the caller's rules."""
-        if self.max_steps is None:
+        share = 1.0
+        if not self._scheduled:
+            pass
+        elif self.max_steps is None:
             share = min((step + 1) / self.WARMUP, 1.0) * min(self.ANNEAL / max(step, 1), 1.0)
         elif step < self.max_steps:
             # A horizon that is far too long should not mean a warm-up that is.
@@ -1587,19 +1620,22 @@ class HybridOptimizer(ConstrainedOptimizer):
             share *= max(0.0, 1 - (step - begin) / steps)
         return share
 
-    def _share(self) -> float:
-        """Of the peak rate, for the step to come; what it is a share of is noted."""
-        group = self.param_groups[0]
-        lr = float(group["lr"])
+    def _course(self) -> tuple[float, float]:
+        """For the step to come: the rate as a share of its peak, and what groups' rates are to be
+        multiplied by for it."""
+        lr = max(float(g["lr"]) for g in self.param_groups)
         if lr == 0:
-            return 0.0
-        self._outer = self._outer or "initial_lr" in group or lr != self._known_lr
+            return 0.0, 0.0
+        peaks = [float(g[k]) for g in self.param_groups for k in ("initial_lr", "max_lr") if k in g]
+        if peaks and not self._outer:
+            self._outer, self._peak = True, 0.0  # what lr was before the scheduler is forgotten
+        elif not self.steps and lr != self._known_lr:
+            self._outer = True
         if self._outer:
-            peak = float(group.get("initial_lr", 0.0)) or self._peak
-            self._peak = max(peak, lr)
-            return lr / self._peak
-        self._peak = lr
-        return self.schedule(self.steps)
+            self._peak = max([self._peak, lr, *peaks])
+            return lr / self._peak, 1.0
+        share = self.schedule(self.steps)
+        return share * lr / self._known_lr, share
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -1608,71 +1644,75 @@ class HybridOptimizer(ConstrainedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self.observe(loss)
+            if loss is not None:
+                self.observe(loss)
         norm = self.gradient_norm()
         magnitude = float(norm)
-        share = self._share()
+        share, course = self._course()
         step, guidance = self.steps, self.guidance
         self.steps += 1
-        if not math.isfinite(magnitude):
-            super().step(gradient_norm=norm)
+        if not math.isfinite(magnitude) or not magnitude:
+            self._take(lr_scale=0.0, gradient_norm=norm)
             return loss
         state = guidance.describe(self._loss, magnitude, 0, step)
-        horizon = self.max_steps or math.inf
         # Without a horizon guidance fades as the rate does.
-        left = (
-            1 - step / (guidance.GUIDED * horizon)
-            if self.max_steps
-            else self.ANNEAL / (self.ANNEAL + step)
-        )
+        left = self.ANNEAL / (self.ANNEAL + step)
+        settling = self.WARMUP
+        if self.max_steps:
+            left = 1 - step / (guidance.GUIDED * self.max_steps)
+            settling = max(settling, int(guidance.SETTLE * self.max_steps))
         guidance.peak = guidance.step_length / self.RELATIVE_GAIN
         multiplier, shift, cap = guidance.lead(self, state, left)
         guidance.share = share
-        if guidance.network is not None:
-            multiplier *= guidance.peak / self._peak
-        factor = (1.0 if self._outer else share) * multiplier
+        factor = course * multiplier * (guidance.peak / self._peak if self._by_length else 1.0)
         for group in self.param_groups:
-            group["guided_lr"] = factor * cap * group["lr"]
-        learns = guidance.network is not None and share > 0
-        measured = learns and step % 2 == 0 and left > 0
-        super().step(
+            group["guided_lr"] = factor * cap * float(group["lr"])
+        learns = guidance.network is not None and share > 0 and step % 2 == 0
+        measured = learns and left > 0
+        self._take(
             lr_scale=factor,
             radius_scale=share * 10.0**shift,
             cap=cap,
             keep_step=measured,
             gradient_norm=norm,
         )
+        self._moved += share > 0
         guidance.learn_from(
             self,
             measured=measured,
-            proposed=learns and step % 2 == 0,
-            settles=learns
-            and bool(self.param_groups[0]["adapt_radius"])
-            and step < (guidance.SETTLE * horizon if self.max_steps else self.WARMUP),
+            proposed=learns,
+            settles=share > 0 and self._moved <= settling and self.param_groups[0]["adapt_radius"],
         )
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's; the first group holds the guidance, too."""
+        """As torch's; the first group holds the rest, as bytes."""
         state = super().state_dict()
-        if state["param_groups"]:
-            own = {k: getattr(self, k) for k in self._OWN if k != "guidance"}
-            own["guidance"] = self.guidance.state_dict()
-            state["param_groups"][0] = {**state["param_groups"][0], "hybrid": own}
+        own = {k: getattr(self, k) for k in self._OWN if k != "guidance"}
+        file = io.BytesIO()
+        torch.save({**own, "guidance": self.guidance.state_dict()}, file)
+        packed = torch.zeros(self._STATE_BYTES, dtype=torch.uint8)
+        packed[: len(file.getvalue())] = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+        state["param_groups"][0] = {**state["param_groups"][0], "hybrid": packed}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the state is copied. ValueError for another optimiser's."""
         groups = state_dict["param_groups"]
-        own = groups[0].get("hybrid") if groups else None
-        if own is None:
+        packed = groups[0].get("hybrid") if groups else None
+        if packed is None:
             raise ValueError("load_state_dict: this is not the state of a HybridOptimizer")
+        # Zeros after the end of a zip archive are read over.
+        raw = bytes(packed.cpu().numpy()).rstrip(b"\0") + bytes(32)
+        own = torch.load(io.BytesIO(raw), weights_only=True)
         plain = [{k: v for k, v in group.items() if k != "hybrid"} for group in groups]
         super().load_state_dict({**state_dict, "param_groups": plain})
         for k in self._OWN:
             if k != "guidance":
-                setattr(self, k, copy.deepcopy(own[k]))
+                setattr(self, k, own[k])
         self.guidance.load_state_dict(own["guidance"])
+        if not any("taken" in state for state in self.state.values()):
+            self.guidance.promised = None
 
 
 def _grouped(params: nn.Module | Iterable[Any], decay: float) -> list[dict[str, Any]]:
@@ -1680,9 +1720,11 @@ def _grouped(params: nn.Module | Iterable[Any], decay: float) -> list[dict[str, 
     if isinstance(params, nn.Module):
         named = named_kinds(params, frozen=True)  # which may be thawed
     else:
+        if isinstance(params, Tensor):
+            raise TypeError("params: give a list of tensors, or a module, not one tensor")
         given = list(params)
         if given and isinstance(given[0], dict):
-            return [{"weight_decay": decay, **group} for group in given]
+            return [_with_decay(group, decay) for group in given]
         if given and isinstance(given[0], Tensor):
             given = [("", p) for p in given]
         named = [(n, p, _kind_by_name(n, p)) for n, p in given]
@@ -1696,9 +1738,18 @@ def _grouped(params: nn.Module | Iterable[Any], decay: float) -> list[dict[str, 
     return list(groups.values())
 
 
+def _with_decay(group: dict[str, Any], decay: float) -> dict[str, Any]:
+    """The caller's group; with the usual decay where it says none, unless it holds vectors, too."""
+    params = group["params"]
+    group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+    return {"weight_decay": decay if all(p.ndim > 1 for p in params) else 0.0, **group}
+
+
 def _kind_by_name(name: str, p: Tensor) -> str:
     """`parameter_kind` where there is no module to ask: embeddings go by their usual names."""
-    embedding = re.search(r"(^|[._])(embed(ding)?s?|embed_tokens|wte|wpe|tok_emb|pos_emb)\b", name)
+    module = name.rpartition(".")[0].rpartition(".")[2]
+    known = r"(\w+_)?(embed(ding)?s?|emb)|embed_tokens|wte|wpe"
+    embedding = p.ndim == 2 and re.fullmatch(known, module)
     return parameter_kind(name, p, {id(p)} if embedding else set(), None)
 
 
@@ -2148,6 +2199,11 @@ class HybridOptimizationManager:
                 raise ValueError("load_state_dict: steps were taken before saving; pass the model")
             self._bind(model)
             self.constrained_opt.load_state_dict(state["optimizer"])
+        elif self._model is not None:  # of before the first step
+            self._model, opt = None, self.constrained_opt
+            opt.param_groups.clear()
+            opt.state.clear()
+            opt._cached = None
         for k, v in state["plain"].items():
             setattr(self, k, copy.deepcopy(v))
         self.metrics_history = deque(copy.deepcopy(state["history"]), maxlen=HISTORY)

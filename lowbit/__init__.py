@@ -28,6 +28,10 @@ class RunFailed(UserError):
     code = 1
 
 
+class NotFinite(RunFailed):
+    """Losses or gradients that no step could be taken with."""
+
+
 def first_line(e: BaseException) -> str:
     """What another package's error says, for a line of ours; its type where it says nothing."""
     lines = str(e).strip().splitlines()

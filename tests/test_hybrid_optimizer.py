@@ -50,7 +50,7 @@ def test_kinds_and_decay():
 
     by_module = {"embedding": (1, 0.0), "matrix": (2, 0.1), "vector": (4, 0.0)}
     assert kinds(HybridOptimizer(model, weight_decay=0.1)) == by_module
-    named = [(f"model.embed_tokens.{n}" if n == "0.weight" else n, p)
+    named = [("embed_tokens.weight" if n == "0.weight" else n, p)
              for n, p in model.named_parameters()]  # fmt: skip
     assert kinds(HybridOptimizer(named, weight_decay=0.1)) == by_module
     groups = [{"params": list(model.parameters()), "weight_decay": 0.3}]
@@ -219,8 +219,9 @@ def test_states_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="not the state of a HybridOptimizer"):
         ours.load_state_dict(adam.state_dict())
     plain = ConstrainedOptimizer(model.parameters())
-    with pytest.raises(ValueError, match="state of another optimiser \\(it holds step, exp_avg"):
-        plain.load_state_dict(adam.state_dict())
+    for state in (adam.state_dict(), torch.optim.AdamW(model.parameters()).state_dict()):
+        with pytest.raises(ValueError, match="this is the state of another optimiser"):
+            plain.load_state_dict(state)
     a, b = nn.Linear(3, 2), nn.Linear(4, 2)
     first, second = ConstrainedOptimizer(a.parameters()), ConstrainedOptimizer(b.parameters())
     F.mse_loss(a(torch.ones(1, 3)), torch.ones(1, 2)).backward()
@@ -386,3 +387,143 @@ def test_a_compiled_model():
     optimizer = HybridOptimizer(compiled, max_steps=40)
     assert train(compiled, optimizer, 40) < 0.1
     assert all(not n.startswith("_orig") for n, _ in model.named_parameters())
+
+
+# ------------------------------------------------------------------- schedules of the caller's
+
+
+@pytest.mark.parametrize("peak", [1e-4, 6e-3, 0.5])
+def test_one_cycle_rises_and_falls(peak):
+    """Its group's lr starts at a 25th of max_lr, which is the peak."""
+    model = make_net()
+    optimizer = HybridOptimizer(model)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=40)
+    shares = []
+    for _ in range(39):
+        train(model, optimizer, 1)
+        shares.append(optimizer.guidance.share)
+        scheduler.step()
+    assert shares[0] == pytest.approx(0.04)
+    assert max(shares) == pytest.approx(1.0)
+    assert shares[-1] < 0.01
+
+
+def test_a_plateau_scheduler_multiplies_the_schedule():
+    """ReduceLROnPlateau leaves no initial_lr; a fall is a fall."""
+    model = make_net()
+    optimizer = HybridOptimizer(model, guided=False)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    used = []
+    for t in range(300):
+        train(model, optimizer, 1)
+        used.append(optimizer.param_groups[0]["guided_lr"])
+        if t in (198, 199):
+            scheduler.step(1.0)
+    assert used[199] == pytest.approx(6e-3 * 100 / 199)
+    assert used[200] == pytest.approx(3e-3 * 100 / 200)
+    flat = HybridOptimizer(make_net(), schedule=False)
+    assert [flat.schedule(t) for t in (0, 10, 10_000)] == [1.0] * 3
+
+
+def test_groups_keep_their_ratio_and_one_may_rest():
+    model = make_net()
+    params = list(model.parameters())
+    groups = [{"params": params[:2], "lr": 0.0}, {"params": params[2:5], "lr": 1e-3},
+              {"params": params[5:], "lr": 2e-3}]  # fmt: skip
+    optimizer = HybridOptimizer(groups, max_steps=10)
+    before = [p.clone() for p in params]
+    train(model, optimizer, 1)
+    rates = [g["guided_lr"] for g in optimizer.param_groups]
+    assert rates[0] == 0
+    assert rates[2] == pytest.approx(2 * rates[1])
+    moved = [not torch.equal(a, b) for a, b in zip(before, params, strict=True)]
+    assert moved == [False, False] + [True] * (len(params) - 2)
+
+
+def test_an_end_is_not_for_schedules_of_others():
+    model = make_net()
+    optimizer = HybridOptimizer(model)
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    train(model, optimizer, 1)
+    with pytest.raises(ValueError, match="a schedule of the caller's rules"):
+        optimizer.end_in(10)
+
+
+@pytest.mark.parametrize("first", ["zero", "not finite", "none"])
+def test_steps_that_move_nothing_cost_nothing(first):
+    """Regions are fitted to the first steps that move."""
+    model = make_net()
+    x, y = digits()
+    optimizer = HybridOptimizer(model, max_steps=60)
+    for _ in range(5):
+        backward(model, x, y)
+        for p in model.parameters():
+            p.grad = None if first == "none" else p.grad * (0.0 if first == "zero" else torch.nan)
+        optimizer.step()
+    assert train(model, optimizer, 50) < 0.1
+
+
+def test_hooks_are_called_once():
+    model = make_net()
+    ConstrainedOptimizer(make_net())  # torch wraps its step, too
+    optimizer, calls = HybridOptimizer(model), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    train(model, optimizer, 2)
+    assert calls == ["before", "after"] * 2
+
+
+def test_a_checkpoint_in_files_goes_on(tmp_path):
+    """Read into the state of a fresh optimiser, as torch.distributed.checkpoint does."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model = make_net()
+    optimizer = HybridOptimizer(model, max_steps=40)
+    train(model, optimizer, 6)
+    dcp.save({"o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
+    twin = make_net()
+    twin.load_state_dict(model.state_dict())
+    resumed = HybridOptimizer(twin)
+    state = {"o": get_optimizer_state_dict(twin, resumed)}
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(twin, resumed, state["o"])
+    same(optimizer.guidance.state_dict()["network"], resumed.guidance.state_dict()["network"])
+    assert (resumed.steps, resumed.max_steps) == (6, 40)
+    assert train(twin, resumed, 34) == pytest.approx(train(model, optimizer, 34), rel=0.05)
+
+
+def test_names_of_embeddings():
+    def kind(name: str, *shape: int) -> str:
+        groups = HybridOptimizer([(name, nn.Parameter(torch.ones(shape)))]).param_groups
+        return groups[0]["kind"]
+
+    for name in ("wte", "model.embed_tokens", "bert.embeddings.word_embeddings", "pos_emb"):
+        assert kind(f"{name}.weight", 8, 4) == "embedding"
+    assert kind("embeddings.LayerNorm.weight", 8) == "vector"
+    assert kind("patch_embed.proj.weight", 8, 4) == "matrix"
+    assert kind("time_embed.0.weight", 8, 4) == "matrix"
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(3)
+    HybridOptimizer([nn.Parameter(torch.ones(2, 2))])
+    first = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(first, torch.rand(1))
+
+
+def test_a_closure_without_a_loss():
+    model = make_net()
+    optimizer = HybridOptimizer(model)
+    x, y = digits()
+
+    def closure() -> None:
+        backward(model, x, y)
+
+    assert optimizer.step(closure) is None
+    with pytest.raises(TypeError, match="not one tensor"):
+        HybridOptimizer(nn.Parameter(torch.ones(2)))

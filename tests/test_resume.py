@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -334,7 +334,7 @@ def test_intervals_that_are_none(text, capsys):
 @pytest.mark.parametrize("how", ["flip", "cut", "gone"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, capsys, name, how):
     folder, _ = stopped
-    newest, path = Checkpoints(folder).newest(), None
+    newest = Checkpoints(folder).newest()
     path = newest.folder / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
@@ -348,8 +348,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(stopped, capsys, name,
         return  # a bit of what the manifest tells only people
     lines: list[str] = []
     assert Checkpoints(folder).newest(lines.append).about["step"] == 3
-    assert len(lines) == 1
-    assert str(newest.folder) in lines[0]
+    if (name, how) == ("manifest.json", "gone"):  # then it is no checkpoint
+        assert lines == []
+    else:
+        assert len(lines) == 1
+        assert str(newest.folder) in lines[0]
 
 
 def test_resumed_from_the_checkpoint_before(stopped, flags, tmp_path, capsys):
@@ -534,10 +537,10 @@ def test_manifests_that_are_none(tmp_path, text):
 
 
 @pytest.fixture
-def broken(monkeypatch) -> Callable[[range], None]:
+def broken(monkeypatch) -> Callable[[Sequence[int]], None]:
     """Have the objective be no number at these calls of it, counted over the whole run."""
 
-    def plan(calls: range) -> None:
+    def plan(calls: Sequence[int]) -> None:
         original, count = step_module.distillation_objective, [0]
 
         def objective(*args, **kwargs):
@@ -621,3 +624,107 @@ def test_a_run_that_took_no_step_is_in_nobodys_way(flags, tmp_path, monkeypatch)
             run(folder, *flags, *HYBRID)
     assert Checkpoints(folder).newest().about["step"] == 0
     assert run(folder, *flags, *HYBRID, "--lr", "1e-3") == 0
+
+
+def test_rolled_back_to_the_start_and_resumed(flags, tmp_path, at_step, broken, monkeypatch):
+    """Of the optimiser that stepped nothing is left; each rollback halves once more."""
+    monkeypatch.setattr(resume, "MAX_CONSECUTIVE_SKIPS", 2)
+    flags += HYBRID
+    lengths, original = [], Run.back_off
+
+    def back_off(self, factor):
+        original(self, factor)
+        assert not self.manager.constrained_opt.state
+        lengths.append(self.manager.guidance.length)
+
+    monkeypatch.setattr(Run, "back_off", back_off)
+    bad = [*range(2, 4), *range(5, 7)]
+    broken(bad)
+    assert run(tmp_path / "whole", *flags) == 0
+    assert lengths[1] == pytest.approx(lengths[0] - 0.30103)
+    assert [e["event"] for e in events(tmp_path / "whole")].count("rollback") == 2
+    broken(bad)
+    at_step(6, kill(signal.SIGTERM))
+    assert run(tmp_path / "parts", *flags) == 143
+    assert Checkpoints(tmp_path / "parts").newest().rollbacks == 2
+    broken([])
+    assert run(tmp_path / "parts", "--resume") == 0
+    assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_a_signal_while_the_last_checkpoint_is_saved(flags, tmp_path, monkeypatch, capsys):
+    flags += HYBRID
+    folder = tmp_path / "out"
+    original = Checkpoints.save
+
+    def save(self, step, about, writers):
+        if step == 9:
+            kill(signal.SIGTERM)()
+        return original(self, step, about, writers)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert run(folder, *flags) == 143
+    assert told(capsys)[-1] == (
+        f"stopped after the last step; write the files with --resume {folder}"
+    )
+    assert run(folder, "--resume") == 0
+
+
+def test_a_checkpoint_is_named_from_within_its_folder(stopped, monkeypatch, capsys):
+    folder, _ = stopped
+    monkeypatch.chdir(folder / "checkpoints")
+    assert distillation.main(["--resume", "0003-step-4"]) == 0
+    assert list(folder.glob(PACKED))
+    other = Path(shutil.copytree(folder, folder.parent / "elsewhere"))
+    saved_run.Checkpoints(other).save(1, {}, {})
+    path = other / "checkpoints" / "0001-step-1"
+    moved = Path(shutil.copytree(path, folder.parent / "backup"))
+    assert distillation.main(["--resume", str(moved)]) == 2
+    assert "the folder around a checkpoint is checkpoints/" in told(capsys)[-1]
+
+
+def test_an_older_checkpoint_becomes_the_newest(stopped, at_step):
+    """What came after it is another future: not what a later --resume goes on with."""
+    folder, _ = stopped
+    older = next(iter((folder / "checkpoints").glob("*-step-3")))
+    at_step(4, kill(signal.SIGTERM))
+    assert distillation.main(["--resume", str(older), "--keep", "9"]) == 143
+    found = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert found == ["0002-step-3", "0003-step-4", "0004-step-3", "0005-step-4"]
+
+
+@pytest.mark.parametrize("writer", ["ours", "torch"])
+def test_a_writer_that_hides_the_disks_error(tmp_path, monkeypatch, writer):
+    from lowbit.files import atomic
+
+    def full_disk(self, data):
+        self.failed = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise self.failed
+
+    monkeypatch.setattr(atomic._Raw, "write", full_disk)
+
+    def write(f):
+        if writer == "torch":  # a RuntimeError of its own
+            torch.save({"x": torch.ones(1 << 16)}, f)
+        try:
+            f.write(b"x" * (1 << 20))
+        except OSError:
+            raise RuntimeError("unexpected pos") from None
+
+    with pytest.raises(OSError, match="No space left on device"):
+        atomic.atomic_write(tmp_path / "x", write)
+    with pytest.raises(OSError, match="No space left on device"):
+        Checkpoints(tmp_path).save(1, {}, {"a": write})
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    "files",
+    [{"a\0b": [1, "x"]}, {"\ud800": [1, "x"]}, {"a": [float("inf"), "x"]}, {"a": "xy"}, {"a": 1}],
+)
+def test_hostile_files_in_a_manifest(tmp_path, files):
+    values = {"format": "lowbit-run", "version": 1, "files": files, "about": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(UserError):
+        Saved(tmp_path).check()

@@ -3,13 +3,14 @@ for each of them:
 
     python benchmarks/portfolio/measure.py [--seeds 3] [--tasks "digits, MLP" ...]
 
-Appends a line to runs.jsonl for each run that is not there yet (of this commit or another), and
+Appends a line to runs.jsonl for each run that is not there yet (of the hybrid: of this code), and
 rewrites summary.json and table.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ import torch.nn as nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+import hybrid_optimization  # noqa: E402
 from hybrid_optimization import HybridOptimizer, named_kinds, native_bfloat16  # noqa: E402
 from studies.bench import machine  # noqa: E402
 from studies.muon import OwnPrecisionMuon  # noqa: E402
@@ -32,19 +34,20 @@ from studies.portfolio import TASKS, run  # noqa: E402
 
 TUNING_SEED = 1000
 Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
-#: (rate, first beta) of AdamW, (rate of matrices, rate of AdamW for the rest) of Muon, a run each.
-ADAMW = list(itertools.product((1e-3, 3e-3, 1e-2, 3e-2), (0.9, 0.7)))
-MUON = list(itertools.product((5e-3, 2e-2, 5e-2, 1.5e-1), (3e-3, 1e-2)))
+#: (rate, first beta, decay) of AdamW; (rate and decay of matrices, rate of AdamW for the rest) of
+#: Muon: a run each.
+ADAMW = list(itertools.product((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.9, 0.7), (0.01, 0.3)))
+MUON = list(itertools.product((5e-3, 2e-2, 5e-2, 1.5e-1, 4e-1), (3e-3, 1e-2), (0.1, 0.01)))
 
 
-def adamw(lr: float, beta: float) -> Make:
+def adamw(lr: float, beta: float, decay: float) -> Make:
     def make(model: nn.Module) -> list[torch.optim.Optimizer]:
-        return [torch.optim.AdamW(model.parameters(), lr, betas=(beta, 0.95), weight_decay=0.01)]
+        return [torch.optim.AdamW(model.parameters(), lr, betas=(beta, 0.95), weight_decay=decay)]
 
     return make
 
 
-def muon(lr: float, rest: float) -> Make:
+def muon(lr: float, rest: float, decay: float) -> Make:
     """torch's Muon for matrices of two dimensions, AdamW for all else."""
 
     def make(model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -58,7 +61,7 @@ def muon(lr: float, rest: float) -> Make:
         if matrices:
             native = native_bfloat16(matrices[0].device)
             method = torch.optim.Muon if native else OwnPrecisionMuon
-            found.append(method(matrices, lr, weight_decay=0.1, momentum=0.9))
+            found.append(method(matrices, lr, weight_decay=decay, momentum=0.9))
         return found
 
     return make
@@ -75,12 +78,14 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "no horizon": {},
         "horizon / 10": {"max_steps": steps // 10},
         "horizon x 10": {"max_steps": 10 * steps},
-        "lr / 30": {"max_steps": steps, "lr": 6e-3 / 30},
-        "lr x 30": {"max_steps": steps, "lr": 6e-3 * 30},
         "step_length / 5": {"max_steps": steps, "step_length": 0.12 / 5},
-        "step_length x 5": {"max_steps": steps, "step_length": 0.12 * 5},
+        "step_length x 5, cut to 0.14": {"max_steps": steps, "step_length": 0.12 * 5},
         "no guidance": {"max_steps": steps, "guided": False},
     }
+
+
+#: Of what the hybrid's runs depend on.
+CODE = hashlib.sha256(Path(hybrid_optimization.__file__).read_bytes()).hexdigest()[:8]
 
 
 class Log:
@@ -93,10 +98,12 @@ class Log:
 
     @staticmethod
     def key(r: dict[str, Any]) -> tuple:
-        return r["task"], r["method"], json.dumps(r["options"]), r["seed"]
+        return r["task"], r["method"], json.dumps(r["options"]), r["seed"], r.get("code")
 
     def loss(self, task: str, method: str, options: Any, seed: int, make: Make) -> float:
         r: dict[str, Any] = dict(task=task, method=method, options=options, seed=seed)
+        if method == "hybrid":
+            r["code"] = CODE
         if self.key(r) not in self.known:
             started = time.perf_counter()
             try:
@@ -116,7 +123,7 @@ def mean(values: list[float]) -> float:
 
 
 def geometric(values: list[float]) -> float:
-    return math.exp(mean([math.log(x) for x in values]))
+    return math.exp(mean([math.log(max(x, 1e-9)) for x in values]))
 
 
 def main() -> None:

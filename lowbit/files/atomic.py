@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,39 @@ def prepare_folder(folder: str | os.PathLike, flag: str = "--output_dir") -> Pat
     return path
 
 
+class _Raw(io.FileIO):
+    """A file that remembers why it could not be written: some writers make of a full disk an error
+    of their own."""
+
+    failed: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as e:
+            self.failed = e
+            raise
+
+
+@contextlib.contextmanager
+def flushed(path: str | os.PathLike) -> Iterator[IO[bytes]]:
+    """A file to be written, which is on the disk afterwards. OSError where it cannot be, whatever
+    the writer makes of it."""
+    raw = _Raw(path, "wb")
+    f: Any = io.BufferedWriter(raw)
+    try:
+        yield f
+        f.flush()
+        os.fsync(f.fileno())
+    except Exception as e:
+        if raw.failed and e is not raw.failed:
+            raise raw.failed from e
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            f.close()
+
+
 def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> Path:
     """Write a temporary file beside ``path``, flush it to disk, then rename it over ``path``.
 
@@ -36,10 +70,8 @@ def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> 
     fd, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     os.close(fd)
     try:
-        with open(name, "wb") as f:
+        with flushed(name) as f:
             write(f)
-            f.flush()
-            os.fsync(f.fileno())
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
     except BaseException:

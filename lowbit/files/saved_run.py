@@ -22,6 +22,7 @@ from typing import IO, Any
 import torch
 
 from lowbit import UserError
+from lowbit.files.atomic import flushed
 
 FORMAT = "lowbit-run"
 VERSION = 1
@@ -74,12 +75,26 @@ class Saved:
                 for name, (size, digest) in values["files"].items()
             }
             self.about: dict[str, Any] = dict(values["about"])
-            if any(Path(name).name != name for name in self.files):
+            if any(Path(name).name != name or "\0" in name for name in self.files):
                 raise ValueError
+            "".join(self.files).encode()  # ValueError for half a surrogate
         except OSError as e:
             raise UserError(f"{folder} is not a checkpoint: no {MANIFEST}") from e
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        except (
+            ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError,
+        ) as e:  # fmt: skip
             raise UserError(f"{path} is damaged, or of another version") from e
+
+    @property
+    def there(self) -> bool:
+        """Whether it still is."""
+        return (self.folder / MANIFEST).exists()
+
+    @property
+    def rollbacks(self) -> int:
+        """How many led to it."""
+        number = self.about.get("rollbacks")
+        return number if isinstance(number, int) and 0 <= number < 1000 else 0
 
     def check(self) -> None:
         """UserError where a file is not as it was written."""
@@ -112,13 +127,15 @@ class Checkpoints:
     def __init__(self, output_dir: str | os.PathLike, keep: int = 2) -> None:
         self.folder, self.keep = Path(output_dir) / FOLDER, keep
 
-    def _found(self) -> list[tuple[int, Path]]:
+    def _found(self, *, every: bool = False) -> list[tuple[int, Path]]:
+        """Serial numbers and folders, in order; with ``every`` those without a manifest, too."""
         try:
             names = list(self.folder.iterdir())
         except OSError:
             return []
         matches = [(_NAME.fullmatch(path.name), path) for path in names]
-        return sorted((int(m[1]), path) for m, path in matches if m)
+        found = sorted((int(m[1]), path) for m, path in matches if m)
+        return [(n, path) for n, path in found if every or (path / MANIFEST).exists()]
 
     def __bool__(self) -> bool:
         return bool(self._found())
@@ -134,24 +151,20 @@ class Checkpoints:
         """Write a checkpoint; writers: file name -> what writes it to a file that it is given.
         OSError where the disk is full; the checkpoints before are then as they were."""
         self.folder.mkdir(exist_ok=True)
-        last = max((n for n, _ in self._found()), default=0)
+        last = max((n for n, _ in self._found(every=True)), default=0)
         made = Path(tempfile.mkdtemp(dir=self.folder, prefix=".part-"))
         files = {}
         try:
             for name, write in writers.items():
-                with (made / name).open("wb") as f:
+                with flushed(made / name) as f:
                     hashed = _Hashed(f)
                     write(hashed)
-                    f.flush()
-                    os.fsync(f.fileno())
                 files[name] = (hashed.size, hashed.sum.hexdigest())
             text = json.dumps(
                 {"format": FORMAT, "version": VERSION, "files": files, "about": about}, indent=1
             )
-            with (made / MANIFEST).open("w", encoding="utf-8") as manifest:
-                manifest.write(text)
-                manifest.flush()
-                os.fsync(manifest.fileno())
+            with flushed(made / MANIFEST) as f:
+                f.write(text.encode())
             sync(made)
             target = self.folder / f"{last + 1:04}-step-{step}"
             os.rename(made, target)
@@ -180,13 +193,17 @@ class Checkpoints:
             else:
                 yield saved
 
+    def is_newest(self, saved: Saved) -> bool:
+        found = self._found()
+        return bool(found) and found[-1][1].resolve() == saved.folder.resolve()
+
     def newest(self, told: Callable[[str], None] = lambda line: None) -> Saved | None:
         """The first of `whole`."""
         return next(self.whole(told), None)
 
     def remove(self) -> None:
         """All of them: the run's files are written."""
-        for _, path in self._found():
+        for _, path in self._found(every=True):
             remove(path)
         for path in self.folder.glob(".part-*"):
             shutil.rmtree(path, ignore_errors=True)

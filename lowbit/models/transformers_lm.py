@@ -201,8 +201,13 @@ def save_folder(folder: Path, model: TransformersLM, tokenizer_files: dict[str, 
     float32, and the tokenizer's files. Every file is written beside the folder first."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        with redirect_stderr(io.StringIO()):  # a bar
-            model.net.save_pretrained(name)
+        try:
+            with redirect_stderr(io.StringIO()):  # a bar
+                model.net.save_pretrained(name)
+        except OSError:
+            raise
+        except Exception as e:  # what safetensors makes of a full disk
+            raise OSError(None, first_line(e), str(folder)) from e
         for file, text in tokenizer_files.items():
             Path(name, file).write_text(text, "utf-8")
         for path in sorted(Path(name).iterdir()):

@@ -205,18 +205,18 @@ class World:
 
     def sum_up(self, tensors: Sequence[torch.Tensor]) -> None:
         """Each becomes its sum over the processes, in place."""
-        self._exchange(tensors, dist.all_reduce)
+        if self.count > 1:
+            self._exchange(tensors, dist.all_reduce)
 
     def hand_out(self, tensors: Sequence[torch.Tensor]) -> None:
         """Each becomes process 0's, in place."""
-        self._exchange(tensors, partial(dist.broadcast, src=0))
+        if self.count > 1:
+            self._exchange(tensors, partial(dist.broadcast, src=0))
 
     @torch.no_grad()
     def _exchange(
         self, tensors: Sequence[torch.Tensor], how: Callable[[torch.Tensor], Any]
     ) -> None:
-        if self.count == 1:
-            return
         for bucket in buckets(tensors):
             flat = torch.cat([x.reshape(-1) for x in bucket])
             with reached():

@@ -18,9 +18,9 @@ import torch
 import torch.nn as nn
 
 import lowbit
-from lowbit import RunFailed, UserError
+from lowbit import NotFinite, RunFailed, UserError
 from lowbit.console import complain
-from lowbit.files.saved_run import MANIFEST, Checkpoints, Saved
+from lowbit.files.saved_run import FOLDER, MANIFEST, Checkpoints, Saved
 from lowbit.options import parse_options
 from lowbit.signals import Stop, Stopped
 from lowbit.training.parallel import ALONE, World
@@ -88,7 +88,7 @@ class Trained(Protocol):
 
     def writers(self) -> dict[str, Callable[[Any], Any]]: ...
 
-    def load(self, saved: Saved) -> None: ...
+    def load(self, saved: Saved) -> Any: ...
 
     def back_off(self, factor: float) -> None: ...
 
@@ -100,7 +100,8 @@ class Keeper:
     writes.
 
     steps_per_epoch, max_steps: the run's. every: what --save_every says; None: every ten
-    minutes, or as seldom as makes saving cost a hundredth of the time.
+    minutes, or as seldom as makes saving cost a hundredth of the time. at: told what is left from
+    now on if the run ends.
     """
 
     checkpoints: Checkpoints
@@ -110,6 +111,7 @@ class Keeper:
     command: Sequence[str]
     every: tuple[str, float] | None = None
     say: Callable[[str], None] = lambda line: None
+    at: Callable[[str], None] = lambda what: None
     world: World = ALONE
     rollbacks: int = 0
     _last: float = field(default_factory=time.monotonic)
@@ -122,8 +124,16 @@ class Keeper:
             self.events = lambda event, step, **about: None
 
     def start(self, run: Trained) -> None:
-        """Before the first step: a calibrated start has cost time, and a rollback needs one."""
+        """Before the first step of this process: a calibrated start has cost time, a rollback needs
+        one, and what follows an older checkpoint must be the newest."""
         self._save_or_warn(run)
+
+    def end(self) -> None:
+        """After the last step. Raises Stopped where a signal came while it was saved."""
+        number = self.world.first(lambda: self.stop.number)
+        if number is not None:
+            complain(f"stopped after the last step; write the files with --resume {self._folder}")
+            raise Stopped(number, told=True)
 
     def after_step(self, run: Trained) -> None:
         """Save if it is due. Raises Stopped, after saving, where a signal has come."""
@@ -170,6 +180,7 @@ class Keeper:
         path = self.checkpoints.save(run.t, about, run.writers())
         self._last = time.monotonic()
         self._took = self._last - started
+        self.at(f"go on from the newest checkpoint with --resume {self._folder}")
         return path
 
     def _save_or_warn(self, run: Trained) -> None:
@@ -191,14 +202,14 @@ class Keeper:
             return
         saved = self.world.first(self._to_return_to)
         if saved is None:
-            raise RunFailed(
+            raise NotFinite(
                 f"{run.skips} steps in a row had a loss or gradient that is not finite, after "
                 f"{self.rollbacks} rollbacks; check the teacher and --data"
             )
         left = run.t
         run.load(saved)
-        run.back_off(BACK_OFF)
         self.rollbacks += 1
+        run.back_off(BACK_OFF**self.rollbacks)
         self._tried.add(saved.folder)
         self.events("rollback", left, to=run.t)
         self.say(f"Rolled back from step {left} to {run.t}: too many numbers were not finite")
@@ -219,6 +230,9 @@ def resume_options(
     of a checkpoint where there is nothing to go on with and --resume is "auto"."""
     folder = Path(o.output_dir if o.resume == "auto" else o.resume)
     if (folder / MANIFEST).is_file():
+        folder = folder.resolve()
+        if folder.parent.name != FOLDER:
+            raise UserError(f"--resume {o.resume}: the folder around a checkpoint is {FOLDER}/")
         saved = Saved(folder)
         saved.check()
         folder = folder.parent.parent

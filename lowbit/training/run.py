@@ -74,7 +74,7 @@ class Run:
         self._before = 0.0  # seconds, of the processes before this one
         self._started = time.perf_counter()
         if saved is not None:
-            self.load(saved)
+            self.resumed, self.rolled_back, self._before = self.load(saved)
             self.resumed += 1
             say(f"Resumed at step {self.t} of {s.max_steps}")
         self._step = make_step(s, self.optimizer, self.clusters)
@@ -146,7 +146,8 @@ class Run:
         if self.baseline:
             self.baseline.use_averaged()
         if self.best:
-            if self.rows[-1]["val_loss_quantized"] > self.best.loss and not self.s.world.rank:
+            behind = not self.rows[-1]["val_loss_quantized"] <= self.best.loss  # or not a number
+            if behind and not self.s.world.rank:
                 self.best.restore()
             say(
                 f"Validation loss of the quantized student: {self.start:.4f} before training, "
@@ -191,8 +192,9 @@ class Run:
             found["best.bin"] = self.best.write_to
         return found
 
-    def load(self, saved: Saved) -> None:
-        """Become what a checkpoint of the same run holds. UserError where it does not fit."""
+    def load(self, saved: Saved) -> tuple[int, int, float]:
+        """Become what a checkpoint of the same run holds; how often that was resumed and rolled
+        back, and its seconds. UserError where it does not fit."""
         s = self.s
         weights, state = saved.load("student.pt"), saved.load("state.pt")
         try:
@@ -207,25 +209,27 @@ class Run:
             self.clusters = state["clusters"].numpy().copy()
             self._sample_by(self.clusters if state["balanced"] else self.everything)
             self.sampler.load_state_dict(state["sampler"])
-            self.codes = {k: v.clone() for k, v in state["codes"].items()}
+            self.codes = {k: v.to(s.device, copy=True) for k, v in state["codes"].items()}
             self.results = [
                 StepResult(**{**r, "kl": r["kl"].numpy().copy()}) for r in state["results"]
             ]
             self.picked = [x.numpy().copy() for x in state["picked"]]
             self.rows = state["rows"]
             self.start = state["start"]
-            self.resumed, self.rolled_back = state["counts"]
-            self._before, self._started = state["seconds"], time.perf_counter()
+            resumed, rolled_back = (int(n) for n in state["counts"])
+            seconds = float(state["seconds"])
             torch.set_rng_state(state["random"])
             for i, x in zip(range(torch.cuda.device_count()), state["random_cuda"], strict=False):
                 torch.cuda.set_rng_state(x, i)
             if self.best:
                 self.best.read_from(saved.folder / "best.bin", state["best"])
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OSError) as e:
+            return resumed, rolled_back, seconds
+        except (
+            KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError,
+        ) as e:  # fmt: skip
             raise UserError(
                 f"{saved.folder} does not fit this run: {type(e).__name__}: {first_line(e)}"
             ) from e
-        self._step = make_step(s, self.optimizer, self.clusters)
 
     def back_off(self, factor: float) -> None:
         """Go on more carefully, after a rollback."""

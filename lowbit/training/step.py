@@ -17,7 +17,7 @@ from hybrid_optimization import (
     HybridOptimizationManager,
     HybridTrainingConfig,
 )
-from lowbit import RunFailed
+from lowbit import NotFinite
 from lowbit.models.interface import LanguageModel, recomputed
 from lowbit.options import WARMUP_FRACTION, default
 from lowbit.quantization.layers import rounded_once, strength
@@ -26,7 +26,7 @@ from lowbit.text.tokenizers import Tokenizer
 from lowbit.training.baselines import Baseline
 from lowbit.training.losses import distillation_objective, hidden_state_loss, weighted_mean
 from lowbit.training.parallel import ALONE, World
-from lowbit.training.resume import print_of, settings_of
+from lowbit.training.resume import settings_of
 from lowbit.training.validation import autocast, batch_of, counted_tokens
 
 
@@ -43,6 +43,7 @@ class Setup:
     steps_per_epoch: int
     dtype: torch.dtype | None  # that models compute in; None: float32
     world: World = ALONE
+    teacher_print: str = ""  # of the weights as they were loaded
 
     @property
     def lr(self) -> float:
@@ -57,7 +58,7 @@ class Setup:
         return {
             "settings": settings_of(self.options),
             "text": self.corpus.fingerprint,
-            "teacher": print_of(self.teacher),
+            "teacher": self.teacher_print,
         }
 
 
@@ -183,7 +184,7 @@ def make_step(
         if manager:
             manager.observe_clusters(clusters[indices], kls)
         elif not math.isfinite(loss):
-            raise RunFailed("the loss is not finite; use a smaller --lr, or --hybrid")
+            raise NotFinite("the loss is not finite; use a smaller --lr, or --hybrid")
         seconds = time.perf_counter() - started
         return StepResult(loss, float(weighted_mean(ce, of_tokens)), kls, lr, seconds, control)
 
