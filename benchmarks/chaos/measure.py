@@ -30,7 +30,7 @@ from studies.bench import machine  # noqa: E402
 
 FLAGS = (
     "--hybrid --ternary --qat --seq_len 32 --batch_size 4 --samples_per_epoch 64 --eval_every 10 "
-    "--save_metrics --save_every 5s"
+    "--calibration_tokens 2048 --save_metrics --save_every 5s"
 )
 EARLIEST, LATEST = 1.0, 16.0  # seconds after a process started
 
