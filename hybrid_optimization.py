@@ -1047,25 +1047,17 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         On a GPU the host never waits, so that only the count of steps, which the means are
         corrected by, goes on; reading `info` waits.
         """
-        return self._take(
-            closure,
-            lr_scale=lr_scale,
-            radius_scale=radius_scale,
-            cap=cap,
-            keep_step=keep_step,
-            gradient_norm=gradient_norm,
-        )
+        return self._take(closure, lr_scale, radius_scale, cap, keep_step, gradient_norm)
 
     @torch.no_grad()
     def _take(
         self,
-        closure: Callable[[], float] | None = None,
-        *,
-        lr_scale: float = 1.0,
-        radius_scale: float = 1.0,
-        cap: float = 1.0,
-        keep_step: bool = False,
-        gradient_norm: Tensor | None = None,
+        closure: Callable[[], float] | None,
+        lr_scale: float,
+        radius_scale: float,
+        cap: float,
+        keep_step: bool,
+        gradient_norm: Tensor | None,
     ) -> float | None:
         """`step`, without the hooks that torch puts around a method of this name."""
         loss = None
@@ -1652,7 +1644,7 @@ class HybridOptimizer(ConstrainedOptimizer):
         step, guidance = self.steps, self.guidance
         self.steps += 1
         if not math.isfinite(magnitude) or not magnitude:
-            self._take(lr_scale=0.0, gradient_norm=norm)
+            self._take(None, 0.0, 1.0, 1.0, False, norm)
             return loss
         state = guidance.describe(self._loss, magnitude, 0, step)
         # Without a horizon guidance fades as the rate does.
@@ -1669,13 +1661,7 @@ class HybridOptimizer(ConstrainedOptimizer):
             group["guided_lr"] = factor * cap * float(group["lr"])
         learns = guidance.network is not None and share > 0 and step % 2 == 0
         measured = learns and left > 0
-        self._take(
-            lr_scale=factor,
-            radius_scale=share * 10.0**shift,
-            cap=cap,
-            keep_step=measured,
-            gradient_norm=norm,
-        )
+        self._take(None, factor, share * 10.0**shift, cap, measured, norm)
         self._moved += share > 0
         guidance.learn_from(
             self,
