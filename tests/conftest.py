@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ from lowbit.files.packed import save_packed  # noqa: E402
 from lowbit.models.decoder import CausalLM, ModelConfig  # noqa: E402
 from lowbit.text.tokenizers import ByteTokenizer  # noqa: E402
 
+# A shell's background jobs ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
