@@ -27,8 +27,10 @@ from lowbit.files.packed import save_packed  # noqa: E402
 from lowbit.models.decoder import CausalLM, ModelConfig  # noqa: E402
 from lowbit.text.tokenizers import ByteTokenizer  # noqa: E402
 
-# A shell's background jobs ignore Ctrl-C, which some tests send.
+# A shell's background jobs ignore Ctrl-C, nohup's the loss of a terminal; some tests send both.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
