@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--undisturbed", type=Path)
     o = parser.parse_args()
-    rng = random.Random(o.seed)
+    rng, here = random.Random(o.seed), machine()
     with tempfile.TemporaryDirectory() as name, (HERE / "runs.jsonl").open("w") as log:
         whole, parts = o.undisturbed or Path(name, "whole"), Path(name, "parts")
         started = time.perf_counter()
@@ -93,6 +93,7 @@ def main() -> None:
                 process.communicate()
             kills += 1
             line = {"kill": kills, "after_seconds": round(wait, 2), "checkpoint": newest(parts)}
+            line |= here
             log.write(json.dumps(line) + "\n")
             log.flush()
         if process.returncode:
@@ -109,7 +110,7 @@ def main() -> None:
             "files_after_kills": b,
             "seconds_undisturbed": undisturbed,
             "seconds_with_kills": time.perf_counter() - started,
-            **machine(),
+            **here,
         }
         (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         print(json.dumps(summary, indent=1))
