@@ -179,6 +179,11 @@ def _check(name: str, value: Any, rule: _Rule | None) -> None:
         raise ValueError(f"{name} must be {rule[1]}, not {value!r}")
 
 
+def _plain(loss: Any) -> float:
+    """A loss, a tensor or not, as a number."""
+    return float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+
+
 def _check_option(name: str, value: Any) -> None:
     """Of a group of parameters; a rate may be a tensor of one number, as in torch's optimisers."""
     number = name == "lr" and isinstance(value, Tensor) and value.numel() == 1
@@ -1580,10 +1585,10 @@ class HybridOptimizer(ConstrainedOptimizer):
     def observe(self, loss: Any) -> None:
         """Show the loss of the step to come; guidance works without. Where several processes train
         it is not used: theirs differ, and their steps must not."""
-        group = torch.distributed
-        if group.is_available() and group.is_initialized() and group.get_world_size() > 1:
+        dist = torch.distributed
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return
-        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        value = _plain(loss)
         self._loss = value if math.isfinite(value) else self._loss
 
     def end_in(self, steps: int) -> None:
@@ -1862,7 +1867,7 @@ class HybridOptimizationManager:
         gradients: a flat vector, or one number (its norm), or None (0). Values that are not
         finite are reported but leave the statistics alone.
         """
-        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        value = _plain(loss)
         if gradients is None:
             norm = 0.0
         else:
@@ -1911,7 +1916,7 @@ class HybridOptimizationManager:
             norm = self.constrained_opt.gradient_norm()
         else:
             norm = torch.as_tensor(gradients)
-        value = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
+        value = _plain(loss)
         several = isinstance(model, nn.parallel.DistributedDataParallel) and not advise
         if several:  # skip everywhere or nowhere
             (value,) = self._mean_over_ranks(model, [value])

@@ -103,7 +103,7 @@ def _boolean(text: str) -> bool:
 
 
 def interval(text: str) -> tuple[str, float]:
-    """ "3" -> ("epochs", 3); "90s", "30m", "2h" -> ("seconds", ...)."""
+    """What --save_every says: 3 -> ("epochs", 3); 90s, 30m, 2h -> ("seconds", ...)."""
     units = {"s": 1, "m": 60, "h": 3600}
     try:
         if text[-1:] in units:

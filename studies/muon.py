@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.optim import _muon as torch_muon
 
+from hybrid_optimization import native_bfloat16
+
 
 def orthogonalize(
     grad: torch.Tensor, ns_coefficients: tuple[float, float, float], ns_steps: int, eps: float
@@ -34,3 +36,9 @@ class OwnPrecisionMuon(torch.optim.Muon):
             return super().step(closure)
         finally:
             torch_muon._zeropower_via_newtonschulz = theirs
+
+
+def muon_for(device: torch.device) -> type[torch.optim.Muon]:
+    """torch's, or `OwnPrecisionMuon` where the processor would emulate it."""
+    emulated = device.type == "cpu" and not native_bfloat16(device)
+    return OwnPrecisionMuon if emulated else torch.optim.Muon

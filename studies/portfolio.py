@@ -19,6 +19,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from hybrid_optimization import schedule_factor
+from lowbit.options import WARMUP_FRACTION
+
 SPLIT_SEED = 7
 HELD_OUT = 0.2
 
@@ -230,10 +233,9 @@ def run(
     p = TASKS[task](seed)
     optimizers = make(p.model)
     rates = [[g["lr"] for g in opt.param_groups] for opt in optimizers]
-    warmup = max(1, round(0.05 * p.steps))
     for t in range(p.steps):
         if linear:
-            share = min((t + 1) / warmup, (p.steps - t) / (p.steps - warmup), 1.0)
+            share = schedule_factor(t, p.steps, WARMUP_FRACTION, "linear")
             for opt, known in zip(optimizers, rates, strict=True):
                 for group, rate in zip(opt.param_groups, known, strict=True):
                     group["lr"] = rate * share

@@ -9,9 +9,9 @@ from contextlib import redirect_stdout
 import torch
 import torch.nn as nn
 
-from hybrid_optimization import named_kinds, native_bfloat16
+from hybrid_optimization import named_kinds
 from lowbit import UserError
-from studies.muon import OwnPrecisionMuon
+from studies.muon import muon_for
 
 
 def make_rivals(o: argparse.Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
@@ -26,9 +26,7 @@ def make_rivals(o: argparse.Namespace, model: nn.Module) -> list[torch.optim.Opt
     decay = dict(weight_decay=o.weight_decay)
     betas = (o.momentum, 0.95)
     if o.method == "muon":
-        device = everything[0].device
-        emulated = device.type == "cpu" and not native_bfloat16(device)
-        muon = OwnPrecisionMuon if emulated else torch.optim.Muon
+        muon = muon_for(everything[0].device)
         return [
             muon(matrices, o.lr, momentum=o.momentum, adjust_lr_fn="match_rms_adamw", **decay),
             torch.optim.AdamW(rest, o.lr, betas=(o.adamw_momentum, 0.95), **decay),

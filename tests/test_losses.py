@@ -15,6 +15,9 @@ from lowbit.models.interface import LanguageModel
 from lowbit.training import losses
 from lowbit.training.losses import distillation_terms, hidden_state_loss
 
+# Float32 sums of 40 terms of size 10: relative errors of some 1e-6.
+CLOSE = dict(rtol=1e-4, atol=1e-5)
+
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x - x.max(-1, keepdims=True)
@@ -225,22 +228,30 @@ def test_the_objective_in_chunks_is_the_objective(monkeypatch, alpha, temperatur
     assert not ce.requires_grad
     assert not kl.requires_grad
 
+    exact, x, ce64, kl64 = in_float64(student, teacher, final, target, labels, temperature)
+    objective = ((alpha * ce64 + (1 - alpha) * kl64) * weights).mean()
+    (3.0 * objective).backward()
+    assert torch.allclose(total.double(), objective, **CLOSE)
+    assert_same(student, final, ce, kl, exact, x, ce64, kl64)
+
+
+def in_float64(student, teacher, final, target, labels, temperature):
+    """A copy of the student, what its head reads, and CE and KL (B,) of it by their definitions."""
     exact = copy.deepcopy(student).double()
     exact.zero_grad()
     x = final.detach().double().requires_grad_()
     with torch.no_grad():
         wanted = teacher.double().head(target.double())
-    ce64, kl64 = reference_terms(exact.head(x), wanted, labels, temperature)
-    objective = ((alpha * ce64 + (1 - alpha) * kl64) * weights).mean()
-    (3.0 * objective).backward()
-    # Float32 sums of 40 terms of size 10: relative errors of some 1e-6.
-    close = dict(rtol=1e-4, atol=1e-5)
-    assert torch.allclose(total.double(), objective, **close)
-    assert torch.allclose(ce.double(), ce64, **close)
-    assert torch.allclose(kl.double(), kl64, **close)
-    assert torch.allclose(final.grad.double(), x.grad, **close)
+    return exact, x, *reference_terms(exact.head(x), wanted, labels, temperature)
+
+
+def assert_same(student, final, ce, kl, exact, x, ce64, kl64):
+    """Values of each window, and gradients of the objective."""
+    assert torch.allclose(ce.double(), ce64, **CLOSE)
+    assert torch.allclose(kl.double(), kl64, **CLOSE)
+    assert torch.allclose(final.grad.double(), x.grad, **CLOSE)
     for got, want in zip(student.parameters(), exact.parameters(), strict=True):
-        assert torch.allclose(got.grad.double(), want.grad, **close)
+        assert torch.allclose(got.grad.double(), want.grad, **CLOSE)
 
 
 def reference_terms(student, teacher, labels, temperature):
@@ -281,19 +292,9 @@ def test_tokens_that_the_teacher_masks_count_nothing(monkeypatch, at_once, tempe
     )
     total.backward()
 
-    exact = copy.deepcopy(student).double()
-    exact.zero_grad()
-    x = final.detach().double().requires_grad_()
-    with torch.no_grad():
-        wanted = teacher.double().head(target.double())
-    ce64, kl64 = reference_terms(exact.head(x), wanted, labels, temperature)
+    exact, x, ce64, kl64 = in_float64(student, teacher, final, target, labels, temperature)
     (0.3 * ce64 + 0.7 * kl64).mean().backward()
-    close = dict(rtol=1e-4, atol=1e-5)
-    assert torch.allclose(ce.double(), ce64, **close)
-    assert torch.allclose(kl.double(), kl64, **close)
-    assert torch.allclose(final.grad.double(), x.grad, **close)
-    for got, want in zip(student.parameters(), exact.parameters(), strict=True):
-        assert torch.allclose(got.grad.double(), want.grad, **close)
+    assert_same(student, final, ce, kl, exact, x, ce64, kl64)
 
 
 @pytest.mark.parametrize("at_once", [1, 1 << 23])

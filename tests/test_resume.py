@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -20,7 +19,6 @@ from conftest import make_text
 from families import tiny_folder
 
 import distillation
-from lowbit import UserError
 from lowbit.files import saved_run
 from lowbit.files.saved_run import Checkpoints, Saved, locked
 from lowbit.signals import Stop, Stopped
@@ -242,6 +240,24 @@ def test_stopped_while_files_are_written(flags, tmp_path, monkeypatch, capsys):
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
 
 
+def test_a_signal_while_the_last_checkpoint_is_saved(flags, tmp_path, monkeypatch, capsys):
+    flags += HYBRID
+    folder = tmp_path / "out"
+    original = Checkpoints.save
+
+    def save(self, step, about, writers):
+        if step == 9:
+            kill(signal.SIGTERM)()
+        return original(self, step, about, writers)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    assert run(folder, *flags) == 143
+    assert told(capsys)[-1] == (
+        f"stopped after the last step; write the files with --resume {folder}"
+    )
+    assert run(folder, "--resume") == 0
+
+
 # ------------------------------------------------------------------------------- what is refused
 
 
@@ -325,6 +341,29 @@ def test_intervals_that_are_none(text, capsys):
     with pytest.raises(SystemExit):
         distillation.main(["--save_every", text])
     assert "expected epochs (3) or a time (90s, 30m, 2h)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_named_from_within_its_folder(stopped, monkeypatch, capsys):
+    folder, _ = stopped
+    monkeypatch.chdir(folder / "checkpoints")
+    assert distillation.main(["--resume", "0003-step-4"]) == 0
+    assert list(folder.glob(PACKED))
+    other = Path(shutil.copytree(folder, folder.parent / "elsewhere"))
+    saved_run.Checkpoints(other).save(1, {}, {})
+    path = other / "checkpoints" / "0001-step-1"
+    moved = Path(shutil.copytree(path, folder.parent / "backup"))
+    assert distillation.main(["--resume", str(moved)]) == 2
+    assert "the folder around a checkpoint is checkpoints/" in told(capsys)[-1]
+
+
+def test_an_older_checkpoint_becomes_the_newest(stopped, at_step):
+    """What came after it is another future: not what a later --resume goes on with."""
+    folder, _ = stopped
+    older = next(iter((folder / "checkpoints").glob("*-step-3")))
+    at_step(4, kill(signal.SIGTERM))
+    assert distillation.main(["--resume", str(older), "--keep", "9"]) == 143
+    found = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert found == ["0002-step-3", "0003-step-4", "0004-step-3", "0005-step-4"]
 
 
 # ----------------------------------------------------------------------------- damage and disks
@@ -467,72 +506,6 @@ def test_a_full_disk_at_the_end(flags, tmp_path, monkeypatch, capsys):
     assert outcome(folder) == outcome(tmp_path / "whole")
 
 
-def _killed_at(folder: Path, count: int) -> None:
-    """Save, and die at the count-th call that touches the disk."""
-    left = [count]
-
-    def dying(call):
-        def wrapped(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return call(*args, **kwargs)
-
-        return wrapped
-
-    for name in ("open", "fsync", "rename", "rmdir", "unlink", "mkdir"):
-        setattr(os, name, dying(getattr(os, name)))
-    Checkpoints(folder, keep=1).save(2, {"step": 2}, {"a": lambda f: f.write(b"x" * 99)})
-    os._exit(0)
-
-
-def test_killed_at_every_stage_of_saving(tmp_path):
-    """The newest checkpoint that loads is the one before or the new one, whole."""
-    context = multiprocessing.get_context("fork")
-    steps, codes = [], []
-    for count in range(1, 40):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        Checkpoints(folder).save(1, {"step": 1}, {"a": lambda f: f.write(b"y" * 99)})
-        child = context.Process(target=_killed_at, args=(folder, count))
-        child.start()
-        child.join()
-        codes.append(child.exitcode)
-        found = Checkpoints(folder).newest()
-        assert found is not None
-        assert (found.folder / "a").read_bytes() in (b"x" * 99, b"y" * 99)
-        steps.append(found.about["step"])
-        if child.exitcode == 0:
-            break
-    assert codes[-1] == 0
-    assert set(codes[:-1]) == {-signal.SIGKILL}
-    assert steps == sorted(steps)
-    assert set(steps) == {1, 2}
-    assert len(steps) > 8
-
-
-def test_strays_are_ignored_and_ten_comes_after_nine(tmp_path):
-    checkpoints = Checkpoints(tmp_path, keep=20)
-    for step in range(8, 12):
-        checkpoints.save(step, {"step": step}, {"a": lambda f: f.write(b"")})
-    for name in ("9999-step-x", "x", ".part-1", "99999999999999999999-step-1"):
-        (tmp_path / "checkpoints" / name).mkdir()
-    (tmp_path / "checkpoints" / "8888-step-1").write_text("no folder")
-    assert checkpoints.newest().about["step"] == 11
-    shutil.rmtree(checkpoints.newest().folder)
-    assert checkpoints.newest().about["step"] == 10
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{", "null", '{"format": "lowbit-run"}', "[" * 99999, '{"files": {"../x": 1}}'],
-)
-def test_manifests_that_are_none(tmp_path, text):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="is damaged, or of another version"):
-        Saved(tmp_path)
-
-
 # -------------------------------------------------------------------------- numbers out of range
 
 
@@ -650,81 +623,3 @@ def test_rolled_back_to_the_start_and_resumed(flags, tmp_path, at_step, broken, 
     broken([])
     assert run(tmp_path / "parts", "--resume") == 0
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
-
-
-def test_a_signal_while_the_last_checkpoint_is_saved(flags, tmp_path, monkeypatch, capsys):
-    flags += HYBRID
-    folder = tmp_path / "out"
-    original = Checkpoints.save
-
-    def save(self, step, about, writers):
-        if step == 9:
-            kill(signal.SIGTERM)()
-        return original(self, step, about, writers)
-
-    monkeypatch.setattr(Checkpoints, "save", save)
-    assert run(folder, *flags) == 143
-    assert told(capsys)[-1] == (
-        f"stopped after the last step; write the files with --resume {folder}"
-    )
-    assert run(folder, "--resume") == 0
-
-
-def test_a_checkpoint_is_named_from_within_its_folder(stopped, monkeypatch, capsys):
-    folder, _ = stopped
-    monkeypatch.chdir(folder / "checkpoints")
-    assert distillation.main(["--resume", "0003-step-4"]) == 0
-    assert list(folder.glob(PACKED))
-    other = Path(shutil.copytree(folder, folder.parent / "elsewhere"))
-    saved_run.Checkpoints(other).save(1, {}, {})
-    path = other / "checkpoints" / "0001-step-1"
-    moved = Path(shutil.copytree(path, folder.parent / "backup"))
-    assert distillation.main(["--resume", str(moved)]) == 2
-    assert "the folder around a checkpoint is checkpoints/" in told(capsys)[-1]
-
-
-def test_an_older_checkpoint_becomes_the_newest(stopped, at_step):
-    """What came after it is another future: not what a later --resume goes on with."""
-    folder, _ = stopped
-    older = next(iter((folder / "checkpoints").glob("*-step-3")))
-    at_step(4, kill(signal.SIGTERM))
-    assert distillation.main(["--resume", str(older), "--keep", "9"]) == 143
-    found = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert found == ["0002-step-3", "0003-step-4", "0004-step-3", "0005-step-4"]
-
-
-@pytest.mark.parametrize("writer", ["ours", "torch"])
-def test_a_writer_that_hides_the_disks_error(tmp_path, monkeypatch, writer):
-    from lowbit.files import atomic
-
-    def full_disk(self, data):
-        self.failed = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise self.failed
-
-    monkeypatch.setattr(atomic._Raw, "write", full_disk)
-
-    def write(f):
-        if writer == "torch":  # a RuntimeError of its own
-            torch.save({"x": torch.ones(1 << 16)}, f)
-        try:
-            f.write(b"x" * (1 << 20))
-        except OSError:
-            raise RuntimeError("unexpected pos") from None
-
-    with pytest.raises(OSError, match="No space left on device"):
-        atomic.atomic_write(tmp_path / "x", write)
-    with pytest.raises(OSError, match="No space left on device"):
-        Checkpoints(tmp_path).save(1, {}, {"a": write})
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
-    assert not list((tmp_path / "checkpoints").iterdir())
-
-
-@pytest.mark.parametrize(
-    "files",
-    [{"a\0b": [1, "x"]}, {"\ud800": [1, "x"]}, {"a": [float("inf"), "x"]}, {"a": "xy"}, {"a": 1}],
-)
-def test_hostile_files_in_a_manifest(tmp_path, files):
-    values = {"format": "lowbit-run", "version": 1, "files": files, "about": {}}
-    (tmp_path / "manifest.json").write_text(json.dumps(values))
-    with pytest.raises(UserError):
-        Saved(tmp_path).check()

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, geometric_mean
 from typing import Any
 
 import torch
@@ -27,9 +28,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 import hybrid_optimization  # noqa: E402
-from hybrid_optimization import HybridOptimizer, named_kinds, native_bfloat16  # noqa: E402
-from studies.bench import machine  # noqa: E402
-from studies.muon import OwnPrecisionMuon  # noqa: E402
+from hybrid_optimization import HybridOptimizer, named_kinds  # noqa: E402
+from studies.bench import RunLog, machine  # noqa: E402
+from studies.muon import muon_for  # noqa: E402
 from studies.portfolio import TASKS, run  # noqa: E402
 
 TUNING_SEED = 1000
@@ -59,8 +60,7 @@ def muon(lr: float, rest: float, decay: float) -> Make:
             torch.optim.AdamW(others, rest, betas=(0.9, 0.95), weight_decay=0.01)
         ]
         if matrices:
-            native = native_bfloat16(matrices[0].device)
-            method = torch.optim.Muon if native else OwnPrecisionMuon
+            method = muon_for(matrices[0].device)
             found.append(method(matrices, lr, weight_decay=decay, momentum=0.9))
         return found
 
@@ -88,42 +88,22 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
 CODE = hashlib.sha256(Path(hybrid_optimization.__file__).read_bytes()).hexdigest()[:8]
 
 
-class Log:
-    """Runs that were made, by what they are."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.known = {self.key(r): r for r in map(json.loads, lines)}
-
-    @staticmethod
-    def key(r: dict[str, Any]) -> tuple:
-        return r["task"], r["method"], json.dumps(r["options"]), r["seed"], r.get("code")
-
-    def loss(self, task: str, method: str, options: Any, seed: int, make: Make) -> float:
-        r: dict[str, Any] = dict(task=task, method=method, options=options, seed=seed)
-        if method == "hybrid":
-            r["code"] = CODE
-        if self.key(r) not in self.known:
-            started = time.perf_counter()
-            try:
-                r["loss"] = run(task, seed, make, linear=method != "hybrid")
-            except (RuntimeError, ValueError) as e:  # weights that are not finite
-                r["loss"], r["error"] = math.inf, str(e)[:200]
-            r |= {"seconds": time.perf_counter() - started, **machine()}
-            with self.path.open("a") as f:
-                f.write(json.dumps(r) + "\n")
-            print(task, method, options, seed, f"{r['loss']:.4f}", flush=True)
-            self.known[self.key(r)] = r
-        return self.known[self.key(r)]["loss"]
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def geometric(values: list[float]) -> float:
-    return math.exp(mean([math.log(max(x, 1e-9)) for x in values]))
+def loss_of(log: RunLog, task: str, method: str, options: Any, seed: int, make: Make) -> float:
+    """Of a run in the log, or of one that is made now."""
+    key: dict[str, Any] = dict(task=task, method=method, options=options, seed=seed)
+    if method == "hybrid":
+        key["code"] = CODE
+    found = log.find(key)
+    if found is None:
+        found, started = dict(key), time.perf_counter()
+        try:
+            found["loss"] = run(task, seed, make, linear=method != "hybrid")
+        except (RuntimeError, ValueError) as e:  # weights that are not finite
+            found["loss"], found["error"] = math.inf, str(e)[:200]
+        found |= {"seconds": time.perf_counter() - started, **machine()}
+        log.append(found)
+        print(task, method, options, seed, f"{found['loss']:.4f}", flush=True)
+    return found["loss"]
 
 
 def main() -> None:
@@ -132,7 +112,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     o = parser.parse_args()
     torch.set_num_threads(1)
-    log = Log(HERE / "runs.jsonl")
+    log = RunLog(HERE / "runs.jsonl")
     table: dict[str, dict[str, Any]] = {}
     for task in o.tasks:
         steps = TASKS[task](0).steps
@@ -140,13 +120,15 @@ def main() -> None:
         for name, grid, make in (("adamw", ADAMW, adamw), ("muon", MUON, muon)):
             tuned = min(
                 grid,
-                key=lambda x: log.loss(task, name, list(x), TUNING_SEED, make(*x)),
+                key=lambda x: loss_of(log, task, name, list(x), TUNING_SEED, make(*x)),
             )
-            losses = [log.loss(task, name, list(tuned), s, make(*tuned)) for s in range(o.seeds)]
+            losses = [
+                loss_of(log, task, name, list(tuned), s, make(*tuned)) for s in range(o.seeds)
+            ]
             row[name] = {"options": list(tuned), "losses": losses}
         for name, options in variants(steps).items():
             losses = [
-                log.loss(task, "hybrid", options, s, hybrid(**options)) for s in range(o.seeds)
+                loss_of(log, task, "hybrid", options, s, hybrid(**options)) for s in range(o.seeds)
             ]
             row[name] = {"options": options, "losses": losses}
         table[task] = row
@@ -156,7 +138,7 @@ def main() -> None:
 def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
     """summary.json: means and ratios; table.md: the same for people."""
     names = list(next(iter(table.values())))
-    means = {t: {n: mean(r[n]["losses"]) for n in names} for t, r in table.items()}
+    means = {t: {n: fmean(r[n]["losses"]) for n in names} for t, r in table.items()}
     ours = {t: m["as it is"] for t, m in means.items()}
     ratios = {
         n: {t: (ours[t] / m[n] if n in ("adamw", "muon") else m[n] / ours[t])
@@ -168,7 +150,11 @@ def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
         "seeds": seeds,
         "means": means,
         "ratios": {
-            n: {"geometric_mean": geometric(list(r.values())), "worst": max(r.values()), **r}
+            n: {
+                "geometric_mean": geometric_mean(max(x, 1e-9) for x in r.values()),
+                "worst": max(r.values()),
+                **r,
+            }
             for n, r in ratios.items()
         },
         "tuned": {t: {n: r[n]["options"] for n in ("adamw", "muon")} for t, r in table.items()},

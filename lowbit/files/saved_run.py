@@ -172,12 +172,12 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(made, ignore_errors=True)
             raise
-        self._tidy()
+        self._drop(self._found()[: -self.keep])
         return target
 
-    def _tidy(self) -> None:
-        """Remove what is superseded, and what a process that was killed left half-written."""
-        for _, path in self._found()[: -self.keep]:
+    def _drop(self, superseded: list[tuple[int, Path]]) -> None:
+        """Remove these, and what a process that was killed left half-written."""
+        for _, path in superseded:
             remove(path)
         for path in self.folder.glob(".part-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -203,10 +203,7 @@ class Checkpoints:
 
     def remove(self) -> None:
         """All of them: the run's files are written."""
-        for _, path in self._found(every=True):
-            remove(path)
-        for path in self.folder.glob(".part-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._drop(self._found(every=True))
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
