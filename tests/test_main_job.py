@@ -355,6 +355,7 @@ def test_documented_commands_run(name, run, tmp_path_factory):
         if flags[:2] == ["--resume", "student"]:  # of a run that was stopped: test_resume.py
             continue
         shrink = ["--epochs", "2", "--seq_len", "32", "--samples_per_epoch", "40"]
+        shrink += ["--calibration_tokens", "2048"]
         if "--data" in flags:  # the page's own paths stand for the reader's
             at = flags.index("--data")
             end = next((i for i in range(at + 1, len(flags)) if flags[i].startswith("--")), None)
