@@ -67,6 +67,8 @@ class Runs:
             o = parse_options(words.split())
             settle(o, start.teacher, start.tokenizer)
             o.samples_per_epoch = steps // EPOCHS * o.batch_size
+            o.micro_batch_size = start.options.micro_batch_size
+            o.activation_checkpointing = start.options.activation_checkpointing
             setup = replace(
                 start,
                 options=o,
