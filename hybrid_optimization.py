@@ -141,6 +141,7 @@ _RULES: dict[str, _Rule] = {
     "log_interval": _COUNT,
     "eval_interval": _COUNT,
     "step_length": _POSITIVE,
+    "shrink_below": (_number(-math.inf, 0), "a finite number of at most 0"),
     "warmup_fraction": (_number(0, 0.5), "a fraction of max_steps in [0, 0.5]"),
     "lr_schedule": (
         _one_of("linear", "cosine", "wsd", "constant"),
@@ -198,8 +199,9 @@ class HybridTrainingConfig:
     Units: max_steps, log_interval, eval_interval and clustering_warmup_steps in steps;
     initial_trust_radius in fractions of ||Theta_c||_2 a step; step_length in fractions of a
     weight's root mean square, what a step at the schedule's peak would be if all gradients agreed
-    (momentum leaves a tenth to a third of it); target_bits in bits a weight. Centres of regions
-    that adapt are kept in [0.001, 1], whatever initial_trust_radius is.
+    (momentum leaves a tenth to a third of it); shrink_below as kappa (see `Guidance`); target_bits
+    in bits a weight. Centres of regions that adapt are kept in [0.001, 1], whatever
+    initial_trust_radius is.
     The fields about quantisation, batches and intervals are kept for the caller's loop; the
     manager itself does not quantise.
     """
@@ -224,6 +226,7 @@ class HybridTrainingConfig:
     log_interval: int = 10
     eval_interval: int = 50
     step_length: float = 0.02
+    shrink_below: float = -0.8
     warmup_fraction: float = 0.05
     lr_schedule: str = "linear"
     use_matrix_geometry: bool = True
@@ -1382,26 +1385,33 @@ class Guidance:
     With s the last step, a = <g_before, s> and b = <g_after, s> (running means), kappa = b/a says
     how much of the promised descent is still there after the step: 1 for a tiny step, 0 at the
     minimum along it, negative beyond; (1 + kappa)/2 is the trust-region ratio of actual to
-    predicted reduction on a quadratic. Above KAPPA[1] the wanted length of a step grows, below
-    KAPPA[0] it shrinks; between them it stays, and the schedule anneals. Where the loss is concave
-    kappa stays near 1 however long the step, hence LONGEST. The network learns to foresee that
-    correction.
+    predicted reduction on a quadratic. Above GROW_ABOVE the wanted length of a step grows, below
+    shrink_below it shrinks; between them it stays, and the schedule anneals. Where gradients have
+    little noise, steps of a good length swing across the steep directions, and kappa is about
+    -0.5; at -1 a step gains nothing. Where the loss is concave kappa stays near 1 however long the
+    step, hence LONGEST. The network learns to foresee that correction.
 
     The multiplier is what brings the base rate to the wanted length, so the base rate itself
     hardly matters; what a multiplier of 0.1 leaves too long, a cap cuts.
 
-    network: None for the plain rule, a multiplier of 1. step_length: as the configuration's.
+    network: None for the plain rule, a multiplier of 1. step_length, shrink_below: as the
+    configuration's.
     """
 
     KAPPA_RATE = 0.2  # of the running means whose ratio is kappa
-    KAPPA = (-0.4, 0.3)  # between these the length is left alone; see EXPERIMENTS.md
-    GAIN = 0.4  # decades an observation, for each unit of kappa beyond them
+    GROW_ABOVE = 0.3  # kappa; see EXPERIMENTS.md
+    GAIN = 0.4  # decades an observation, for each unit of kappa beyond the two limits
     LONGEST = 0.14  # kappa grows no wanted length beyond this (or a longer step_length)
     GUIDED = 0.3  # share of the run after which the length is left to the schedule
     SETTLE = 0.05  # share of the run in which regions are fitted to the proposals at once
 
-    def __init__(self, network: AuxiliaryNeuralNetwork | None, step_length: float) -> None:
-        self.network, self.step_length = network, step_length
+    def __init__(
+        self,
+        network: AuxiliaryNeuralNetwork | None,
+        step_length: float,
+        shrink_below: float = HybridTrainingConfig.shrink_below,
+    ) -> None:
+        self.network, self.step_length, self.shrink_below = network, step_length, shrink_below
         self.fast, self.slow, self.norm = _Running(0.3), _Running(0.05), _Running(0.05)
         self.descent, self.curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
         self.promised: float | None = None  # <g_t, s_t> of the newest step
@@ -1446,8 +1456,8 @@ class Guidance:
             self.promised = None
             if a < 0:
                 self.kappa = b / a
-                low, high = self.KAPPA
-                excess = max(self.kappa - high, 0.0) + min(self.kappa - low, 0.0)
+                excess = max(self.kappa - self.GROW_ABOVE, 0.0)
+                excess += min(self.kappa - self.shrink_below, 0.0)
                 excess = min(max(excess, -0.5), 0.5)
                 wish = self.GAIN * excess * self.share * max(left, 0.0)
                 longest = math.log10(max(self.LONGEST, self.step_length))
@@ -1499,6 +1509,8 @@ class Guidance:
 #: What `HybridOptimizer` starts from, by where the weights come from (EXPERIMENTS.md).
 _FROM_SCRATCH = {"lr": 6e-3, "momentum": 0.8, "weight_decay": 0.5, "use_matrix_geometry": True}
 _PRETRAINED = {"lr": 3e-4, "momentum": 0.6, "weight_decay": 1e-5, "use_matrix_geometry": False}
+#: What is near a start that is worth keeping is not to be left by long steps.
+SHRINK_BELOW_PRETRAINED = -0.4
 
 
 class HybridOptimizer(ConstrainedOptimizer):
@@ -1563,7 +1575,8 @@ class HybridOptimizer(ConstrainedOptimizer):
             network.radius_center = self.defaults["initial_radius"]
         self.max_steps, self.warmup_fraction = max_steps, warmup_fraction
         longest = Guidance.LONGEST if guided else math.inf
-        self.guidance = Guidance(network, min(step_length or nominal, longest))
+        low = SHRINK_BELOW_PRETRAINED if pretrained else HybridTrainingConfig.shrink_below
+        self.guidance = Guidance(network, min(step_length or nominal, longest), low)
         self.steps = 0  # taken or skipped
         self._moved = 0  # of them those that moved something
         self._ending: tuple[int, int] | None = None  # from which step, over how many
@@ -1767,7 +1780,7 @@ class HybridOptimizationManager:
             seed=c.seed,
         )
         self.auxiliary_nn.radius_center = c.initial_trust_radius
-        self.guidance = Guidance(self.auxiliary_nn, c.step_length)
+        self.guidance = Guidance(self.auxiliary_nn, c.step_length, c.shrink_below)
         self.data_clusterer = KMeansClustering(c.data_clusters, seed=c.seed)
         self.param_clusterer = KMeansClustering(c.parameter_clusters, seed=c.seed)
         # Its groups are made at the first step.

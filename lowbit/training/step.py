@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from hybrid_optimization import (
+    SHRINK_BELOW_PRETRAINED,
     ConstrainedOptimizer,
     HybridOptimizationManager,
     HybridTrainingConfig,
@@ -79,6 +80,9 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
             base_learning_rate=s.lr,
             step_length=ConstrainedOptimizer.RELATIVE_GAIN
             * default("lr", "hybrid", o.student_init),
+            shrink_below=HybridTrainingConfig.shrink_below
+            if o.student_init == "random"
+            else SHRINK_BELOW_PRETRAINED,
             max_steps=s.max_steps,
             batch_size=o.batch_size,
             momentum=o.momentum,
