@@ -311,7 +311,6 @@ def run_study(name: str, o: argparse.Namespace, folder: Path, command: Sequence[
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(
-        prog="benchmark_hybrid_optimization.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

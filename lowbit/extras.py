@@ -9,10 +9,12 @@ from lowbit import UserError
 
 #: What each extra installs.
 EXTRAS = {
+    "plot": "matplotlib",
     "hf": "transformers tokenizers safetensors",
     "gguf": "transformers tokenizers safetensors gguf accelerate",
     "parquet": "pyarrow",
     "chat": "xllamacpp",
+    "bench": "matplotlib schedulefree prodigyopt",
 }
 
 

@@ -131,7 +131,6 @@ def _by_start(name: str) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="distillation.py",
         description="Distil a teacher language model into a ternary or 1-bit student.",
         epilog="Flags may be written with dashes or underscores.",
         allow_abbrev=False,

@@ -52,7 +52,8 @@ def machine() -> dict[str, Any]:
         except OSError:  # no git here
             return ""
 
-    commit = git("describe", "--always") or "unknown"
+    # An installed copy may lie in a folder of somebody else's repository.
+    commit = (git("ls-files", "--", __file__) and git("describe", "--always")) or "unknown"
     # Documents, and what a study writes, don't make it another code.
     if git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "lowbit/data"):
         commit += "-dirty"

@@ -226,6 +226,22 @@ if __name__ == "__main__":
     assert eventually(lambda: not any(alive(pid) for pid in begun()))
 
 
+def test_a_copy_in_another_repository_has_no_commit(tmp_path, monkeypatch):
+    """The package installed under somebody's project: the project's commit is not its own."""
+    module = tmp_path / "lib" / "studies" / "bench.py"
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(study, "__file__", str(module))
+    assert study.machine()["commit"] == "unknown"
+    subprocess.run([*git, "add", str(module)], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    assert head.stdout.startswith(study.machine()["commit"])
+
+
 def alive(pid: str) -> bool:
     try:
         return Path("/proc", pid, "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
