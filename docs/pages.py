@@ -1,4 +1,4 @@
-"""The pages of the site: the documents of the root, and the texts and pictures beside raw results."""
+"""The site's pages: the documents of the root, and texts and pictures beside raw results."""
 
 from pathlib import Path
 
