@@ -173,7 +173,7 @@ def train(
         keeper.start(run)
     with (
         progress_bar(total=s.max_steps, initial=run.t, unit="step", disable=not bar) as progress,
-        keeper.stop.deferred() if keeper else nullcontext(),
+        keeper.world.stop.deferred() if keeper else nullcontext(),
     ):
         while run.t < s.max_steps:
             result = run.step()
@@ -313,7 +313,6 @@ def run(
             at(f"go on from the newest checkpoint with --resume {o.output_dir}")
         keeper = Keeper(
             Checkpoints(o.output_dir, o.keep),
-            stop,
             setup.steps_per_epoch,
             setup.max_steps,
             argv,

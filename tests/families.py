@@ -77,16 +77,19 @@ def tiny_folder(folder: Path, kind: str, **changes: Any) -> Path:
     return folder
 
 
-def write_gguf(path: Path, quantization: str = "Q8_0") -> Path:
-    """A tiny Llama as GGUF, written with the format's own library."""
+def write_gguf(
+    path: Path, quantization: str = "Q8_0", layers: int = 3, says: int | None = None
+) -> Path:
+    """A tiny Llama as GGUF, written with the format's own library. says: how many layers it claims
+    to have."""
     import gguf
 
-    net = tiny_net("llama", vocab_size=300)
+    net = tiny_net("llama", vocab_size=300, num_hidden_layers=layers)
     state = {k: v.numpy() for k, v in net.state_dict().items()}
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(128)
     writer.add_embedding_length(64)
-    writer.add_block_count(3)
+    writer.add_block_count(says or layers)
     writer.add_feed_forward_length(96)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -113,7 +116,7 @@ def write_gguf(path: Path, quantization: str = "Q8_0") -> Path:
         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm",
     }  # fmt: skip
-    for i in range(3):
+    for i in range(layers):
         names |= {f"model.layers.{i}.{k}.weight": f"blk.{i}.{v}.weight" for k, v in parts.items()}
     kind = gguf.GGMLQuantizationType[quantization]
     for name, value in state.items():

@@ -1,16 +1,20 @@
 """Damaged files for every reader: only `lowbit.UserError` may come out, soon and in little memory.
 
     python tests/fuzz_readers.py --inputs 100000 --minutes 15 --log benchmarks/fuzz/runs.jsonl
+    python tests/fuzz_readers.py --only gguf:1:393
 
 Sound files of each kind are damaged: bytes flipped, cut, put in and repeated, in the file or in a
 member of it whose checksum is then made right, and values of its JSON replaced. A child process
-reads many; that one dies is an escape, too. An input is named by kind, seed and number.
+reads many; that one dies is an escape, too, and so is a refusal that memory running out has made.
+An input is named by kind, seed and number; `--only` reads one, and shows where.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
+import functools
 import gzip
 import io
 import json
@@ -31,6 +35,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5  # of the processor, an input
 MEMORY = 2 << 30  # beyond what the process holds before the first input
+SLOW = ("gguf", "folder", "packed_tokens", "float32", "packed", "parquet")  # in milliseconds
+FEWEST = 5000  # inputs of each slow kind, in a run that has as many for every kind
+SHARED_MEMORY = Path("/dev/shm")
 ODD: list[Any] = [
     None, True, -1, 0, 1, 3, 2**31, 2**63, 2**70, -(2**63), 1e308, float("nan"), float("inf"), 0.5,
     "", "x", "\ud800", "../../x", "a" * 5000, [], {}, [[]], [1] * 50, {"a": 1},
@@ -70,7 +77,7 @@ def make_sound(folder: Path) -> dict[str, Path]:
     lines += [{"messages": [{"role": r, "content": "hi"} for r in ("user", "assistant")]}]
     raw = "".join(json.dumps(x) + "\n" for x in lines).encode()
     made["jsonl"].write_bytes(raw)
-    made["gz"].write_bytes(gzip.compress(raw))
+    made["gz"].write_bytes(gzip.compress(raw, mtime=0))
     with contextlib.suppress(ImportError):
         import pyarrow
         import pyarrow.parquet
@@ -80,7 +87,7 @@ def make_sound(folder: Path) -> dict[str, Path]:
         pyarrow.parquet.write_table(table, made["parquet"])
     with contextlib.suppress(ImportError):
         made["folder"] = tiny_folder(folder / "hf", "llama", num_hidden_layers=1)
-        made["gguf"] = write_gguf(folder / "t.gguf")
+        made["gguf"] = write_gguf(folder / "t.gguf", layers=1)
         teacher, tokenizer = load_teacher(str(made["folder"]))
         made["packed_tokens"] = folder / "t.npz"
         save_packed(made["packed_tokens"], teacher, tokenizer.describe())
@@ -185,8 +192,9 @@ def write_damaged(sound: Path, target: Path, rng: random.Random) -> Path:
         victim = rng.choice(sorted(p.name for p in sound.iterdir()))
         for path in sound.iterdir():
             raw = path.read_bytes()
-            data = damaged_member(path.name, raw, rng) if path.name == victim else raw
-            (copy / path.name).write_bytes(data)
+            write_new(
+                copy / path.name, damaged_member(victim, raw, rng) if path.name == victim else raw
+            )
         return copy
     raw, inside = sound.read_bytes(), rng.random() < 0.7
     if sound.suffix in (".npz", ".pth") and inside:
@@ -195,9 +203,14 @@ def write_damaged(sound: Path, target: Path, rng: random.Random) -> Path:
         raw = gzip.compress(damaged(gzip.decompress(raw), rng), 1)
     else:
         raw = damaged(raw, rng)
-    copy = target / sound.name
-    copy.write_bytes(raw)
-    return copy
+    return write_new(target / sound.name, raw)
+
+
+def write_new(path: Path, raw: bytes) -> Path:
+    """Not into the file that was there: it may still be mapped."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(raw)
+    return path
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -212,6 +225,53 @@ def reader(kind: str) -> Callable[[Path], Any]:
     return lambda path: load_teacher(str(path))
 
 
+def prepare() -> None:
+    """What every input would do again and again to the same end."""
+    with contextlib.suppress(ImportError):
+        import gguf
+
+        # transformers makes this map anew for every module of a model.
+        gguf.get_tensor_name_map = functools.lru_cache(8)(gguf.get_tensor_name_map)
+
+
+def limit_memory() -> None:
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+
+
+def starved(error: BaseException | None) -> bool:
+    """Whether memory ran out on the way to an error."""
+    while error is not None:
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def working_folder() -> tempfile.TemporaryDirectory:
+    there = os.access(SHARED_MEMORY, os.W_OK)
+    return tempfile.TemporaryDirectory(dir=SHARED_MEMORY if there else None)
+
+
+def replay(name: str) -> None:
+    """Read one input, KIND:SEED:NUMBER. Its error comes out, and after SECONDS where it is."""
+    kind, seed, number = name.split(":")
+    with working_folder() as folder:
+        sound = make_sound(Path(folder))[kind]
+        read = reader(kind)
+        read(sound)
+        target = Path(folder, "damaged")
+        target.mkdir()
+        path = write_damaged(sound, target, random.Random(f"{kind} {int(seed)} {int(number)}"))
+        limit_memory()
+        faulthandler.dump_traceback_later(SECONDS)
+        started = time.perf_counter()
+        try:
+            read(path)
+        finally:
+            print(f"{time.perf_counter() - started:.3f} s")
+
+
 def child(kind: str, sound: Path, seed: int, first: int, count: int, seconds: float) -> None:
     """Read inputs; a line of JSON for what each came to, before and after."""
     import warnings
@@ -221,9 +281,9 @@ def child(kind: str, sound: Path, seed: int, first: int, count: int, seconds: fl
     from lowbit import UserError
 
     read = reader(kind)
+    prepare()
     read(sound)  # what it imports and allocates once
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+    limit_memory()
 
     def stop(*_: object) -> None:
         raise TooLong
@@ -231,10 +291,10 @@ def child(kind: str, sound: Path, seed: int, first: int, count: int, seconds: fl
     signal.signal(signal.SIGPROF, stop)
     began, out = time.monotonic(), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    for i in range(first, first + count):
-        if time.monotonic() - began > seconds:
-            break
-        with tempfile.TemporaryDirectory() as folder:
+    with working_folder() as folder:
+        for i in range(first, first + count):
+            if time.monotonic() - began > seconds:
+                break
             path = write_damaged(sound, Path(folder), random.Random(f"{kind} {seed} {i}"))
             print(json.dumps({"begun": i}), file=out)
             what, started = "read", time.perf_counter()
@@ -243,6 +303,8 @@ def child(kind: str, sound: Path, seed: int, first: int, count: int, seconds: fl
                 read(path)
             except UserError as e:
                 what = "refused" if str(e) and "\n" not in str(e) else f"odd line {str(e)!r}"
+                if starved(e):
+                    what = f"out of memory: {e}"[:300]
             except BaseException as e:
                 what = f"{type(e).__name__}: {e}"[:300]
             finally:
@@ -302,20 +364,29 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="a .jsonl file")
+    parser.add_argument("--only", metavar="KIND:SEED:NUMBER", help="read this input alone")
     o = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    if o.only:
+        replay(o.only)
+        return
+    with working_folder() as folder:
         sound = make_sound(Path(folder))
         from studies.bench import machine
 
         ends = time.monotonic() + 60 * o.minutes
-        for n, (kind, path) in enumerate(sound.items()):
-            slow = kind in ("folder", "gguf", "packed_tokens")  # these load a library's model
-            share = o.inputs // (50 if slow else len(sound) - 3)
-            seconds = (ends - time.monotonic()) / (len(sound) - n)
-            found = attack(kind, path, o.seed, 0, share, seconds)
-            print({k: v for k, v in found.items() if k != "escapes"})
+        # Slow ones first: the others share what is left of inputs and of time.
+        kinds = sorted(sound, key=lambda kind: (*SLOW, kind).index(kind))
+        left = o.inputs
+        for n, kind in enumerate(kinds):
+            share = left // (len(kinds) - n)
+            if kind in SLOW:
+                share = min(share, max(FEWEST, o.inputs // 100))
+            seconds = (ends - time.monotonic()) / (len(kinds) - n)
+            found = attack(kind, sound[kind], o.seed, 0, share, seconds)
+            left -= found["inputs"]
+            print({k: v for k, v in found.items() if k != "escapes"}, flush=True)
             for escape in found["escapes"][:20]:
-                print("   ", *escape)
+                print("   ", *escape, flush=True)
             if o.log:
                 with o.log.open("a") as f:
                     f.write(json.dumps({**found, **machine()}) + "\n")

@@ -21,6 +21,7 @@ from families import tiny_folder
 import distillation
 from lowbit.files import saved_run
 from lowbit.files.saved_run import Checkpoints, Saved, locked
+from lowbit.options import make_parser
 from lowbit.signals import Stop, Stopped
 from lowbit.training import resume
 from lowbit.training import step as step_module
@@ -97,25 +98,35 @@ def events(folder: Path) -> list[dict]:
 # ----------------------------------------------------------------------- the same bits as without
 
 
-@pytest.mark.parametrize(
-    ("words", "at"),
-    [  # three epochs of three steps; between them every pair of what changes a step's state
-        ("--hybrid --ternary --qat --save_metrics", 3),
-        ("--hybrid --ternary --qat --save_metrics --micro_batch_size 2", 4),
-        ("--hybrid --ternary --qat --student_init random --save_metrics", 5),
-        ("--hybrid --qat --learnable_scale --use_auxiliary_nn=false", 7),
-        ("--hybrid --ternary --use_clustering=false --use_matrix_geometry", 2),
-        ("--hybrid --ternary --qat --clustering_warmup_epochs 1 --eval_every 2", 3),
-        ("--hybrid --qat --clustering_warmup_epochs 1 --use_trust_region=false", 4),
-        ("--hybrid --ternary --qat --activation_checkpointing --max_grad_norm 1", 8),
-        ("--ternary --qat --optimizer adamw --save_metrics", 4),
-        ("--qat --optimizer sgd --calibrate", 6),
-        ("--ternary --optimizer muon --quant_warmup 0.5 --qat", 5),
-        ("--ternary --qat --optimizer schedulefree", 4),
-        ("--ternary --qat --optimizer prodigy", 4),
-        ("--hybrid --ternary --qat --save_metrics", 9),  # trained, but no file is written
-    ],
-)
+CASES = [  # three epochs of three steps; between them every pair of what changes a step's state
+    ("--hybrid --ternary --qat --save_metrics", 3),
+    ("--hybrid --ternary --qat --save_metrics --micro_batch_size 2 --data_clusters 2", 4),
+    ("--hybrid --ternary --qat --student_init random --student_size small --save_metrics", 5),
+    ("--hybrid --qat --learnable_scale --use_auxiliary_nn=false --param_clusters 2", 7),
+    ("--hybrid --ternary --use_clustering=false --use_matrix_geometry --momentum 0.5", 2),
+    ("--hybrid --ternary --qat --clustering_warmup_epochs 1 --eval_every 2 --lr 0.01", 3),
+    ("--hybrid --qat --clustering_warmup_epochs 1 --use_trust_region=false --seed 3", 4),
+    ("--hybrid --ternary --qat --activation_checkpointing --max_grad_norm 1", 8),
+    ("--hybrid --qat --initial_trust_radius 0.001 --trust_radius_adaptation=false", 5),
+    ("--ternary --qat --optimizer adamw --save_metrics --lr_schedule wsd --weight_decay 1", 4),
+    ("--qat --optimizer sgd --calibrate --temperature 2 --alpha 0.2 --hidden_weight 2", 6),
+    ("--ternary --optimizer muon --quant_warmup 0.5 --qat --adamw_momentum 0.8", 5),
+    ("--ternary --qat --optimizer schedulefree", 4),
+    ("--ternary --qat --optimizer prodigy", 4),
+    ("--hybrid --ternary --qat --save_metrics", 9),  # trained, but no file is written
+]
+#: Of a model that has layers and tokens of its own.
+OF_TOKENS = "--student_layers 2 --blocks_8bit 1 0 --embedding_bits 4 --self_tokens 4000"
+
+
+def test_every_flag_that_changes_training_is_tried():
+    tried = {w.partition("=")[0] for words, _ in CASES for w in words.split()}
+    tried |= {*OF_TOKENS.split(), *HYBRID}
+    flags = {a.dest for a in make_parser()._actions} - resume.FREE - {"help"}
+    assert {name for name in flags if f"--{name}" not in tried} == set()
+
+
+@pytest.mark.parametrize(("words", "at"), CASES)
 def test_stopped_and_resumed_is_the_same(flags, tmp_path, at_step, words, at):
     if "schedulefree" in words or "prodigy" in words:
         pytest.importorskip("schedulefree")
@@ -135,7 +146,7 @@ def test_a_model_of_transformers_in_a_fresh_process(tmp_path, at_step):
     text = tmp_path / "text.txt"
     text.write_text(make_text(40_000), encoding="utf-8")
     folder = tiny_folder(tmp_path / "model" / "llama", "llama")
-    flags = [*HYBRID, "--teacher", str(folder), "--data", str(text)]
+    flags = [*HYBRID, "--teacher", str(folder), "--data", str(text), "self", *OF_TOKENS.split()]
     assert run(tmp_path / "whole", *flags) == 0
     at_step(5, kill(signal.SIGHUP))
     assert run(tmp_path / "parts", *flags) == 128 + signal.SIGHUP
@@ -319,7 +330,11 @@ def test_nothing_to_resume(flags, tmp_path, capsys):
     assert run(tmp_path / "out", *flags, "--resume") == 0  # starts
     assert "Resumed" not in capsys.readouterr().out
     assert run(tmp_path / "out", *flags, "--resume") == 0
-    assert capsys.readouterr().out.startswith("nothing to resume: ")
+    (left,) = (tmp_path / "out").glob(PACKED)
+    assert capsys.readouterr().out == (
+        f"nothing to resume: the run in {tmp_path / 'out'} has finished and left {left.name}; to "
+        "train again, give another --output_dir, or leave out --resume to replace it\n"
+    )
     assert distillation.main(["--resume", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err == (
         f"error: --resume {tmp_path / 'none'}: no checkpoint is there\n"

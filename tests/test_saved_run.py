@@ -8,12 +8,14 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import pytest
 import torch
 
 from lowbit import UserError
+from lowbit.files.atomic import atomic_write
 from lowbit.files.saved_run import Checkpoints, Saved
 
 
@@ -59,6 +61,34 @@ def test_killed_at_every_stage_of_saving(tmp_path):
     assert steps == sorted(steps)
     assert set(steps) == {1, 2}
     assert len(steps) > 8
+
+
+def test_a_renamed_file_is_flushed_with_its_folder(tmp_path, monkeypatch):
+    """What the disk is told, in order: the file's content, its name, the folder's names."""
+    calls = []
+
+    def noted(name, what):
+        original = getattr(os, name)
+
+        def call(*args):
+            calls.append((name, what(*args)))
+            return original(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    noted("fsync", lambda fd: stat.S_ISDIR(os.fstat(fd).st_mode))
+    noted("replace", lambda _, target: target.name)
+    noted("rename", lambda _, target: target.name)
+    atomic_write(tmp_path / "x", lambda f: f.write(b"x"))
+    assert calls == [("fsync", False), ("replace", "x"), ("fsync", True)]
+    calls.clear()
+    Checkpoints(tmp_path).save(3, {}, {"a": lambda f: f.write(b"x")})
+    assert calls == [
+        *[("fsync", False)] * 2,  # the file and the manifest
+        ("fsync", True),
+        ("rename", "0001-step-3"),
+        ("fsync", True),
+    ]
 
 
 def test_strays_are_ignored_and_ten_comes_after_nine(tmp_path):

@@ -23,7 +23,7 @@ from lowbit.generate import generate
 from lowbit.models.interface import block_calls, wiring
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import FAMILIES as TRIED
-from lowbit.models.transformers_lm import TransformersLM, clone, from_config
+from lowbit.models.transformers_lm import TransformersLM, build_transformers, clone, from_config
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import QATLinear, latent, low_bit_layers, quantize_model
 from lowbit.text.self_written import chat_turns
@@ -407,6 +407,28 @@ def test_a_gguf_file_cut_off(tmp_path, capsys):
         assert "cut off" in refusal(capsys, path)
     path.write_bytes(b"GGUF" + whole[4:40] * 3)
     assert "tiny.gguf" in refusal(capsys, path)
+
+
+@pytest.mark.parametrize("form", ["gguf", "folder", "npz"])
+def test_more_layers_than_tensors(tmp_path, monkeypatch, form):
+    """Refused before the library builds them, which takes a minute and more."""
+    values = {"model_type": "llama", **SHAPE, "num_hidden_layers": 20_000}
+    if form == "gguf":
+        path = write_gguf(tmp_path / "t.gguf", layers=1, says=20_000)
+    elif form == "folder":
+        path = tiny_folder(tmp_path / "t", "llama", num_hidden_layers=1)
+        (path / "config.json").write_text(json.dumps(values))
+    read = {
+        "npz": lambda: build_transformers(values, {"a": torch.ones(1)}, "t.npz"),
+    }.get(form, lambda: load_teacher(str(path)))
+    monkeypatch.setattr(torch.nn.Linear, "__init__", lambda *_, **__: pytest.fail("is built"))
+    with pytest.raises(UserError, match=r": 20000 layers, but only 1\d? tensors; it is damaged"):
+        read()
+
+
+def test_half_a_surrogate_in_a_tokenizers_file():
+    with pytest.raises(UserError, match="is not one that can be read here"):
+        tokenizer_from({"name": "transformers", "vocab_size": 3, "files": {"a.json": "\ud800"}})
 
 
 def test_pyproject_installs_what_the_errors_name():

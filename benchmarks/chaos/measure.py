@@ -1,9 +1,10 @@
 """A run that is killed at random, a hundred times, and resumed each time; and an undisturbed one.
 
-    python benchmarks/chaos/measure.py [--kills 100] [--epochs 190] [--seed 0] [--undisturbed DIR]
+    python benchmarks/chaos/measure.py [--kills 100] [--epochs 660] [--seed 0] [--folder DIR]
 
-DIR holds an undisturbed run's files, where they are there already. Both must end with the same
-files. Writes runs.jsonl, a line a kill, and summary.json.
+DIR holds both runs; given again, this script goes on where it was ended. Both must end with the
+same files. Writes runs.jsonl, a line a kill, and summary.json. A run that ends before its last kill
+is an error: more epochs.
 """
 
 from __future__ import annotations
@@ -67,18 +68,24 @@ def newest(folder: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--epochs", type=int, default=190)
+    parser.add_argument("--epochs", type=int, default=660)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--undisturbed", type=Path)
+    parser.add_argument("--folder", type=Path, help="for the runs (default: a temporary one)")
     o = parser.parse_args()
     rng, here = random.Random(o.seed), machine()
-    with tempfile.TemporaryDirectory() as name, (HERE / "runs.jsonl").open("w") as log:
-        whole, parts = o.undisturbed or Path(name, "whole"), Path(name, "parts")
+    log_path = HERE / "runs.jsonl"
+    with tempfile.TemporaryDirectory() as name:
+        folder = o.folder or Path(name)
+        whole, parts = folder / "whole", folder / "parts"
+        goes_on = whole.exists() or parts.exists()
+        if not parts.exists():
+            log_path.unlink(missing_ok=True)
+        kills = len(log_path.read_text().splitlines()) if parts.exists() else 0
+        for _ in range(kills):
+            rng.uniform(EARLIEST, LATEST)
         started = time.perf_counter()
-        if not o.undisturbed:
-            subprocess.run(command(whole, o.epochs), check=True, capture_output=True)
-        undisturbed = None if o.undisturbed else time.perf_counter() - started
-        kills = 0
+        subprocess.run(command(whole, o.epochs), check=True, capture_output=True)
+        undisturbed = None if goes_on else time.perf_counter() - started
         started = time.perf_counter()
         while True:
             process = subprocess.Popen(
@@ -94,10 +101,12 @@ def main() -> None:
             kills += 1
             line = {"kill": kills, "after_seconds": round(wait, 2), "checkpoint": newest(parts)}
             line |= here
-            log.write(json.dumps(line) + "\n")
-            log.flush()
+            with log_path.open("a") as log:
+                log.write(json.dumps(line) + "\n")
         if process.returncode:
             raise SystemExit(errors.decode())
+        if kills < o.kills:
+            raise SystemExit(f"the run ended after {kills} kills: give it more --epochs")
         a, b = outcome(whole), outcome(parts)
         summary = {
             "command": f"python benchmarks/chaos/measure.py --kills {o.kills} --epochs {o.epochs} "
@@ -109,7 +118,7 @@ def main() -> None:
             "files": a,
             "files_after_kills": b,
             "seconds_undisturbed": undisturbed,
-            "seconds_with_kills": time.perf_counter() - started,
+            "seconds_with_kills": None if goes_on else time.perf_counter() - started,
             **here,
         }
         (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -61,8 +61,19 @@ def flushed(path: str | os.PathLike) -> Iterator[IO[bytes]]:
             f.close()
 
 
+def sync(folder: Path) -> None:
+    """Flush a folder's names to disk, where the system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
 def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> Path:
-    """Write a temporary file beside ``path``, flush it to disk, then rename it over ``path``.
+    """Write a temporary file beside ``path``, flush it to disk, rename it over ``path``, and flush
+    the folder's names.
 
     write is given the file; its ``name`` is for those who open it themselves.
     """
@@ -74,6 +85,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> 
             write(f)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, target)
+        sync(target.parent)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)

@@ -22,7 +22,7 @@ from typing import IO, Any
 import torch
 
 from lowbit import UserError
-from lowbit.files.atomic import flushed
+from lowbit.files.atomic import flushed, sync
 
 FORMAT = "lowbit-run"
 VERSION = 1
@@ -45,16 +45,6 @@ class _Hashed:
 
     def flush(self) -> None:
         self.file.flush()
-
-
-def sync(folder: Path) -> None:
-    """Flush a folder's names to disk, where the system can."""
-    with contextlib.suppress(OSError):
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
 
 
 class Saved:

@@ -28,6 +28,7 @@ from lowbit.models.transformers_lm import (
     check_head,
     load_tokenizer,
     refuse_kind,
+    refuse_layers,
 )
 from lowbit.text import pre_tokenizers
 from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, tokenizer_from
@@ -175,16 +176,18 @@ def check_folder(folder: Path) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"--teacher: {index} is damaged") from e
     safetensors = require("safetensors", "hf")
+    tensors = 0
     for name in wanted:
         if not (folder / name).is_file():
             raise UserError(f"--teacher: {folder} lacks {name}, which its index names")
         try:
-            with safetensors.safe_open(folder / name, "pt"):
-                pass
+            with safetensors.safe_open(folder / name, "pt") as f:
+                tensors += len(f.keys())
         except Exception as e:
             raise UserError(
                 f"--teacher: {folder / name} is damaged or cut off: {first_line(e)}"
             ) from e
+    refuse_layers(values.get("num_hidden_layers"), tensors, f"--teacher: {folder}")
 
 
 def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
@@ -198,6 +201,10 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
             bytes(field.parts[-1]).decode() if (field := reader.get_field(key)) else None
             for key in ("general.architecture", "tokenizer.ggml.pre")
         )
+        layers = [
+            field.contents() for key, field in reader.fields.items() if key.endswith(".block_count")
+        ]
+        tensors = len(reader.tensors)
         ends = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
     except Exception as e:
         raise UserError(
@@ -205,6 +212,8 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
         ) from e
     if not ends or ends > path.stat().st_size:
         raise UserError(f"--teacher: {path} is cut off: it ends before its tensors do")
+    for count in layers:  # the library reads that of any architecture
+        refuse_layers(count, tensors, f"--teacher: {path}")
     del reader
     with quietly():
         try:

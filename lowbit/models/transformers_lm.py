@@ -117,6 +117,12 @@ def refuse_kind(kind: object) -> None:
         )
 
 
+def refuse_layers(layers: object, tensors: int, origin: str) -> None:
+    """UserError for more layers than there are tensors, which the library would build first."""
+    if isinstance(layers, (int, float)) and layers > tensors:
+        raise UserError(f"{origin}: {layers} layers, but only {tensors} tensors; it is damaged")
+
+
 def check_head(model: TransformersLM) -> None:
     """UserError where features and head do not add up to the library's own logits."""
     ids = torch.arange(4, device=model.embedding.weight.device)[None] % model.vocab_size
@@ -185,6 +191,8 @@ def build_transformers(
 
     They are compared before memory for the model is taken.
     """
+    if isinstance(values, dict):
+        refuse_layers(values.get("num_hidden_layers"), len(state), origin)
     with torch.device("meta"):
         shape = from_config(values).net
     tied = set(shape.all_tied_weights_keys or ())

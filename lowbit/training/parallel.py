@@ -60,7 +60,7 @@ class World:
     beside: int = 1
 
     def __post_init__(self) -> None:
-        self._stop: Stop | None = None
+        self.stop = Stop()  # what signals came to this process
         self._store: Any = None
         self._control: Any = None  # a group on CPUs, in which one may wait for long
         self._signals: torch.Tensor | None = None  # (count,) at the newest `gather`
@@ -91,7 +91,7 @@ class World:
 
     def join(self, stop: Stop) -> None:
         """Meet the others. stop: what signals came to this process."""
-        self._stop = stop
+        self.stop = stop
         if self.count == 1:
             return
         if not dist.is_available():
@@ -188,8 +188,8 @@ class World:
         found, signals = sent[: -self.count].view(len(mine), n), sent[-self.count :]
         if counts:
             found[:, part] = mine
-        if self._stop and self._stop.number:
-            signals[self.rank] = self._stop.number
+        if self.stop.number:
+            signals[self.rank] = self.stop.number
         with reached():
             dist.all_reduce(sent)
         self._signals = signals
@@ -200,7 +200,7 @@ class World:
         """The signal that is to end the run, the same in all processes: of what `gather` last
         heard where there are several."""
         if self.count == 1:
-            return self._stop.number if self._stop else None
+            return self.stop.number
         return int(self._signals.max()) or None if self._signals is not None else None
 
     def sum_up(self, tensors: Sequence[torch.Tensor]) -> None:

@@ -22,7 +22,7 @@ from lowbit import NotFinite, RunFailed, UserError
 from lowbit.console import complain
 from lowbit.files.saved_run import FOLDER, MANIFEST, Checkpoints, Saved
 from lowbit.options import parse_options
-from lowbit.signals import Stop, Stopped
+from lowbit.signals import Stopped
 from lowbit.training.parallel import ALONE, World
 
 #: Without --save_every: seconds between checkpoints, or so many times what the last one took.
@@ -105,7 +105,6 @@ class Keeper:
     """
 
     checkpoints: Checkpoints
-    stop: Stop
     steps_per_epoch: int
     max_steps: int
     command: Sequence[str]
@@ -130,7 +129,7 @@ class Keeper:
 
     def end(self) -> None:
         """After the last step. Raises Stopped where a signal came while it was saved."""
-        number = self.world.first(lambda: self.stop.number)
+        number = self.world.first(lambda: self.world.stop.number)
         if number is not None:
             complain(f"stopped after the last step; write the files with --resume {self._folder}")
             raise Stopped(number, told=True)
@@ -267,7 +266,10 @@ def find(folder: Path) -> Saved | None:
         raise UserError(f"--resume: no checkpoint in {checkpoints.folder} is whole")
     done = sorted(folder.glob("student_quantized_*.npz"))
     if saved is None and done:
-        raise Finished(f"nothing to resume: {done[0]} is finished")
+        raise Finished(
+            f"nothing to resume: the run in {folder} has finished and left {done[0].name}; to "
+            "train again, give another --output_dir, or leave out --resume to replace it"
+        )
     return saved
 
 
