@@ -184,6 +184,26 @@ def damaged_zip(raw: bytes, rng: random.Random) -> bytes:
     return out.getvalue()
 
 
+@functools.lru_cache
+def numbers_in(path: Path) -> list[list[tuple[int, int]]]:
+    """(place, bytes) of the numbers and texts in each field and tensor's description of a GGUF."""
+    import gguf
+
+    reader = gguf.GGUFReader(path)
+    start = reader.data.ctypes.data
+    fields = [*reader.fields.values(), *(t.field for t in reader.tensors)]
+    return [[(p.ctypes.data - start, p.nbytes) for p in f.parts if p.nbytes] for f in fields]
+
+
+def damaged_gguf(sound: Path, rng: random.Random) -> bytes:
+    """Another value in a field of it, so that all the others are read as before."""
+    data = bytearray(sound.read_bytes())
+    at, size = rng.choice(rng.choice(numbers_in(sound)))
+    value = rng.choice([0, 1, 2, 3, 7, 255, 20_000, 2**31 - 1, 2**31, 2**63, rng.getrandbits(64)])
+    data[at : at + size] = value.to_bytes(8, "little").ljust(size, b"a")[:size]
+    return bytes(data)
+
+
 def write_damaged(sound: Path, target: Path, rng: random.Random) -> Path:
     """A damaged copy in the folder ``target``."""
     if sound.is_dir():
@@ -201,6 +221,8 @@ def write_damaged(sound: Path, target: Path, rng: random.Random) -> Path:
         raw = damaged_zip(raw, rng)
     elif sound.suffix == ".gz" and inside:
         raw = gzip.compress(damaged(gzip.decompress(raw), rng), 1)
+    elif sound.suffix == ".gguf" and inside:
+        raw = damaged_gguf(sound, rng)
     else:
         raw = damaged(raw, rng)
     return write_new(target / sound.name, raw)

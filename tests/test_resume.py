@@ -341,6 +341,18 @@ def test_nothing_to_resume(flags, tmp_path, capsys):
     )
 
 
+def test_a_text_that_shrinks_while_it_is_trained_on(flags, text_file, tmp_path, at_step):
+    """It was read before the first step."""
+    text = tmp_path / "text.txt"
+    shutil.copy(text_file, text)
+    flags += [*HYBRID, "--data", str(text)]
+    assert run(tmp_path / "whole", *flags) == 0
+    at_step(4, lambda: text.write_text("gone"))
+    assert run(tmp_path / "shrunk", *flags) == 0
+    assert text.read_text() == "gone"
+    assert outcome(tmp_path / "shrunk") == outcome(tmp_path / "whole")
+
+
 def test_two_runs_in_one_folder(flags, tmp_path, capsys):
     folder = tmp_path / "out"
     folder.mkdir()
@@ -557,6 +569,13 @@ def test_a_skipped_step_is_counted_and_resumed_over(flags, tmp_path, at_step, br
     assert run(tmp_path / "parts", "--resume") == 0
     assert "Skipped Steps (loss or gradient not finite): 2" in capsys.readouterr().out
     assert outcome(tmp_path / "parts") == outcome(tmp_path / "whole")
+
+
+def test_one_pass_of_a_step_is_no_number(flags, tmp_path, broken):
+    """Each step is two passes; the second of the third step spoils that step alone."""
+    broken([5])
+    assert run(tmp_path / "out", *flags, *HYBRID, "--micro_batch_size", "2") == 0
+    assert [(e["event"], e["step"]) for e in events(tmp_path / "out")] == [("skip", 3)]
 
 
 def test_rolled_back_with_shorter_steps(flags, tmp_path, at_step, broken, monkeypatch, capsys):

@@ -426,6 +426,30 @@ def test_more_layers_than_tensors(tmp_path, monkeypatch, form):
         read()
 
 
+def test_more_weights_than_the_files_hold(llama, monkeypatch):
+    """The library would take memory for all before it compares shapes."""
+    values = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps({**values, "intermediate_size": 2**31}))
+    auto = transformers.AutoModelForCausalLM
+    monkeypatch.setattr(auto, "from_pretrained", lambda *_, **__: pytest.fail("is loaded"))
+    with pytest.raises(
+        UserError, match=r"its shape has 1,236,\d{3},\d{3},\d{3} weights, its files"
+    ):
+        load_teacher(str(llama))
+
+
+def test_logits_that_are_not_finite(llama):
+    from safetensors.torch import load_file, save_file
+
+    path = llama / "model.safetensors"
+    state = load_file(path)
+    state["model.embed_tokens.weight"] *= 1e3
+    state["model.norm.weight"].fill_(1e38)
+    save_file(state, path, {"format": "pt"})
+    with pytest.raises(UserError, match="llama: its logits are not finite"):
+        load_teacher(str(llama))
+
+
 def test_half_a_surrogate_in_a_tokenizers_file():
     with pytest.raises(UserError, match="is not one that can be read here"):
         tokenizer_from({"name": "transformers", "vocab_size": 3, "files": {"a.json": "\ud800"}})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -29,6 +30,7 @@ from lowbit.models.transformers_lm import (
     load_tokenizer,
     refuse_kind,
     refuse_layers,
+    refuse_weights,
 )
 from lowbit.text import pre_tokenizers
 from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, tokenizer_from
@@ -117,18 +119,25 @@ def quietly() -> Iterator[None]:
 
 def from_folder(folder: Path) -> tuple[LanguageModel, Tokenizer]:
     """A causal language model that `save_pretrained` wrote. Only safetensors are read."""
-    check_folder(folder)
+    held = check_folder(folder)
     transformers = require("transformers", "hf")
     with quietly():
         try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+            refuse_weights(config, held, f"--teacher: {folder}")
             net, found = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
+                config=config,
                 dtype=torch.float32,
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
             )
+        except UserError:
+            raise
         except Exception as e:  # the library raises many types for unsound folders
             raise UserError(f"--teacher: {folder} cannot be loaded: {first_line(e)}") from e
         odd = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
@@ -138,8 +147,9 @@ def from_folder(folder: Path) -> tuple[LanguageModel, Tokenizer]:
         return model, TeacherTokenizer(load_tokenizer(folder), model.vocab_size)
 
 
-def check_folder(folder: Path) -> None:
-    """UserError for what is missing or unsafe in a model's folder, before anything is loaded."""
+def check_folder(folder: Path) -> int:
+    """How many weights a model's folder holds. UserError for what is missing or unsafe in it,
+    before anything is loaded."""
     try:
         os.fspath(folder).encode()
     except UnicodeEncodeError as e:  # safetensors opens no such file
@@ -176,18 +186,19 @@ def check_folder(folder: Path) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"--teacher: {index} is damaged") from e
     safetensors = require("safetensors", "hf")
-    tensors = 0
+    shapes: list[list[int]] = []
     for name in wanted:
         if not (folder / name).is_file():
             raise UserError(f"--teacher: {folder} lacks {name}, which its index names")
         try:
             with safetensors.safe_open(folder / name, "pt") as f:
-                tensors += len(f.keys())
+                shapes += [f.get_slice(key).get_shape() for key in f.keys()]  # noqa: SIM118
         except Exception as e:
             raise UserError(
                 f"--teacher: {folder / name} is damaged or cut off: {first_line(e)}"
             ) from e
-    refuse_layers(values.get("num_hidden_layers"), tensors, f"--teacher: {folder}")
+    refuse_layers(values.get("num_hidden_layers"), len(shapes), f"--teacher: {folder}")
+    return sum(map(math.prod, shapes))
 
 
 def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
@@ -204,7 +215,7 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
         layers = [
             field.contents() for key, field in reader.fields.items() if key.endswith(".block_count")
         ]
-        tensors = len(reader.tensors)
+        sizes = [int(t.n_elements) for t in reader.tensors]
         ends = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
     except Exception as e:
         raise UserError(
@@ -213,16 +224,26 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
     if not ends or ends > path.stat().st_size:
         raise UserError(f"--teacher: {path} is cut off: it ends before its tensors do")
     for count in layers:  # the library reads that of any architecture
-        refuse_layers(count, tensors, f"--teacher: {path}")
+        refuse_layers(count, len(sizes), f"--teacher: {path}")
     del reader
     with quietly():
         try:
+            config = transformers.AutoConfig.from_pretrained(
+                path.parent, gguf_file=path.name, local_files_only=True
+            )
+            refuse_weights(config, sum(sizes), f"--teacher: {path}")
             net = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
+                path.parent,
+                config=config,
+                gguf_file=path.name,
+                dtype=torch.float32,
+                local_files_only=True,
             )
             wrapped = transformers.AutoTokenizer.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True
             )
+        except UserError:
+            raise
         except Exception as e:
             raise UserError(
                 f"--teacher: {path} (architecture {kind}) cannot be loaded: {first_line(e)}"

@@ -30,6 +30,9 @@ FAMILIES = (
     "phi3",
 )  # fmt: skip
 
+#: Numbers of a model that no file holds, rotary frequencies among them, are fewer.
+COMPUTED = 1 << 20
+
 
 def load_tokenizer(folder: Any) -> Any:
     """The tokenizer of a model's folder. UserError where there is none."""
@@ -123,11 +126,26 @@ def refuse_layers(layers: object, tensors: int, origin: str) -> None:
         raise UserError(f"{origin}: {layers} layers, but only {tensors} tensors; it is damaged")
 
 
+def refuse_weights(config: Any, held: int, origin: str) -> None:
+    """UserError for a model of more weights than its files hold: the library would take memory for
+    them all before it says so. Raises what the library does for a shape that cannot be."""
+    auto = require("transformers", "hf").AutoModelForCausalLM
+    with torch.device("meta"):
+        net = auto.from_config(copy.deepcopy(config))
+    needed = sum(x.numel() for x in (*net.parameters(), *net.buffers()))
+    if needed > held + COMPUTED:
+        raise UserError(
+            f"{origin}: its shape has {needed:,} weights, its files {held:,}; it is damaged"
+        )
+
+
 def check_head(model: TransformersLM) -> None:
     """UserError where features and head do not add up to the library's own logits."""
     ids = torch.arange(4, device=model.embedding.weight.device)[None] % model.vocab_size
     with torch.no_grad():
         ours, theirs = model(ids).logits.float(), model.net(ids).logits.float()
+    if not torch.isfinite(theirs).all():
+        raise UserError(f"--teacher: {model.config.model_type}: its logits are not finite")
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.std())):
         raise UserError(
             f"--teacher: {model.config.model_type}: its logits are more than its head's output; "
