@@ -450,9 +450,10 @@ def test_logits_that_are_not_finite(llama):
         load_teacher(str(llama))
 
 
-def test_half_a_surrogate_in_a_tokenizers_file():
+@pytest.mark.parametrize("files", [{"a.json": "\ud800"}, {"a" * 300: ""}, {"../a": ""}])
+def test_files_of_a_tokenizer_that_cannot_be_written(files):
     with pytest.raises(UserError, match="is not one that can be read here"):
-        tokenizer_from({"name": "transformers", "vocab_size": 3, "files": {"a.json": "\ud800"}})
+        tokenizer_from({"name": "transformers", "vocab_size": 3, "files": files})
 
 
 def test_pyproject_installs_what_the_errors_name():

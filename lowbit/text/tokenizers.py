@@ -204,7 +204,7 @@ def odd_names(files: dict[Any, Any]) -> bool:
     return not all(
         isinstance(name, str)
         and isinstance(text, str)
-        and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", name)
+        and re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name)
         and not name.endswith(".py")
         and not re.search("[\ud800-\udfff]", text)  # which UTF-8 does not have
         for name, text in files.items()
