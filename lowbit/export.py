@@ -8,10 +8,14 @@ from pathlib import Path
 
 from lowbit import UserError, first_line
 from lowbit.console import Printer
+from lowbit.files.compressed import export_compressed
 from lowbit.files.gguf_file import TYPES, Exported, export_gguf
-from lowbit.files.packed import load_packed, read_packed
+from lowbit.files.packed import model_of, read_packed
 from lowbit.models.transformers_lm import TransformersLM, save_folder
 from lowbit.options import Parser
+
+#: The type of a folder for transformers that holds codes.
+PACKED = "packed"
 
 
 def find_packed(student: str) -> Path:
@@ -53,15 +57,22 @@ def export(student: str, kind: str, output: str | None, type_: str | None) -> li
         target = Path(output) if output else packed.with_suffix(".gguf")
         done = export_gguf(read_packed(packed), target, type_)
         return [f"Low-bit weights are {done.low_bit}: {done.reason}", *table(done)]
-    model, vocabulary, _ = load_packed(packed)
+    found = read_packed(packed)
+    model = model_of(found, str(packed))
     if not isinstance(model, TransformersLM):
         raise UserError("a student of bytes has no form in transformers: its decoder is our own")
-    folder = Path(output) if output else packed.parent / "transformers"
+    name = "transformers-packed" if type_ == PACKED else "transformers"
+    folder = Path(output) if output else packed.parent / name
+    lines = []
     try:
-        save_folder(folder, model, vocabulary["files"])
+        if type_ == PACKED:
+            lines += table(export_compressed(found, model, folder))
+            lines.append("Loading it needs compressed-tensors: pip install compressed-tensors")
+        else:
+            save_folder(folder, model, found.tokenizer["files"])
     except (OSError, UnicodeError) as e:
         raise UserError(f"cannot write {folder}: {first_line(e)}") from e
-    return [f"Wrote {folder}"]
+    return [*lines, f"Wrote {folder}"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,15 +82,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", metavar="PATH", help="default: beside the .npz")
     parser.add_argument(
         "--type",
-        choices=sorted(TYPES),
+        choices=[PACKED, *sorted(TYPES)],
         help="of the low-bit weights in GGUF (default: the fastest that holds them exactly as they "
-        "are; tq2_0 and tq1_0 pad rows with zeros)",
+        "are; tq2_0 and tq1_0 pad rows with zeros), or packed: hf with codes instead of float32, "
+        "for transformers with compressed-tensors",
     )
     o = parser.parse_args(argv)
     say = Printer()
     try:
-        if o.type and o.to != "gguf":
-            raise UserError("--type needs --to gguf")
+        if o.type == PACKED and o.to != "hf":
+            raise UserError("--type packed needs --to hf")
+        if o.type in TYPES and o.to != "gguf":
+            raise UserError("--type needs --to gguf, or to be packed")
         for line in export(o.student, o.to, o.output, o.type):
             say(line)
     except UserError as e:

@@ -277,13 +277,15 @@ def load_packed(path: str | os.PathLike) -> tuple[LanguageModel, dict, dict]:
     Raises UserError for whatever is not a sound file of this format.
     """
     found = read_packed(path)
+    return model_of(found, str(path)), found.tokenizer, found.notes
+
+
+def model_of(found: Packed, origin: str) -> LanguageModel:
+    """The model with dequantised float32 weights. UserError where the tensors are not its own."""
     state = {name: torch.from_numpy(t.weight()) for name, t in found.tensors.items()}
-    model: LanguageModel
     if found.of_transformers:
-        model = build_transformers(found.config["transformers"], state, str(path))
-    else:
-        model = build_model(read_config(found.config, str(path)), state, str(path))
-    return model, found.tokenizer, found.notes
+        return build_transformers(found.config["transformers"], state, origin)
+    return build_model(read_config(found.config, origin), state, origin)
 
 
 def read_packed(path: str | os.PathLike) -> Packed:

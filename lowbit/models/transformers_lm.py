@@ -13,7 +13,8 @@ import io
 import json
 import os
 import tempfile
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -222,20 +223,27 @@ def build_transformers(
     return model
 
 
-def save_folder(folder: Path, model: TransformersLM, tokenizer_files: dict[str, str]) -> Path:
-    """A folder that `AutoModelForCausalLM.from_pretrained` loads: the weights as they are, in
-    float32, and the tokenizer's files. Every file is written beside the folder first."""
+@contextmanager
+def whole_folder(folder: Path, texts: dict[str, str]) -> Iterator[Path]:
+    """Beside this folder another in which to write files, which then, with these texts, move into
+    it. OSError where that fails."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         try:
-            with redirect_stderr(io.StringIO()):  # a bar
-                model.net.save_pretrained(name)
+            yield Path(name)
         except OSError:
             raise
         except Exception as e:  # what safetensors makes of a full disk
             raise OSError(None, first_line(e), str(folder)) from e
-        for file, text in tokenizer_files.items():
+        for file, text in texts.items():
             Path(name, file).write_text(text, "utf-8")
         for path in sorted(Path(name).iterdir()):
             os.replace(path, folder / path.name)
+
+
+def save_folder(folder: Path, model: TransformersLM, tokenizer_files: dict[str, str]) -> Path:
+    """A folder that `AutoModelForCausalLM.from_pretrained` loads: the weights as they are, in
+    float32, and the tokenizer's files. Every file is written beside the folder first."""
+    with whole_folder(folder, tokenizer_files) as part, redirect_stderr(io.StringIO()):  # a bar
+        model.net.save_pretrained(part)
     return folder
