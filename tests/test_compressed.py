@@ -11,9 +11,10 @@ import pytest
 import torch
 from families import CHAT, FAMILIES, tiny_net, tiny_tokenizer
 
-from lowbit import export
+from lowbit import UserError, export
 from lowbit.files.compressed import pack_words
 from lowbit.files.packed import save_packed
+from lowbit.models.teacher import from_folder
 from lowbit.models.transformers_lm import TransformersLM
 from lowbit.quantization.layers import quantize_model
 from lowbit.text.tokenizers import TeacherTokenizer
@@ -152,8 +153,10 @@ def test_what_is_refused(tmp_path, capsys, tiny_teacher, monkeypatch):
         assert said.count("\n") == 1
         return said
 
-    exported(tmp_path, "llama")
+    packed = exported(tmp_path, "llama")[1]
     capsys.readouterr()
+    with pytest.raises(UserError, match=r"quantised weights .* give the folder with the float"):
+        from_folder(packed)
     path = tmp_path / "student.npz"
     assert "needs --to hf" in refused(path, "--to", "gguf", "--type", "packed")
     assert "student of bytes" in refused(tiny_teacher, "--to", "hf", "--type", "packed")

@@ -171,6 +171,11 @@ def check_folder(folder: Path) -> int:
     if kind not in transformers.CONFIG_MAPPING:
         raise UserError(f"--teacher: a model of type {kind!r} is unknown to transformers")
     refuse_kind(kind)
+    if values.get("quantization_config"):
+        raise UserError(
+            f"--teacher: {folder} has quantised weights (its config.json has a "
+            "quantization_config); give the folder with the float weights"
+        )
     if not any(n.endswith(".safetensors") for n in names):
         if any(n.endswith((".bin", ".pt", ".pth", ".ckpt")) for n in names):
             raise UserError(
