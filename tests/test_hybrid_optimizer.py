@@ -14,7 +14,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from toys import backward, digits, make_net, same
 
-from hybrid_optimization import ConstrainedOptimizer, HybridOptimizer
+from hybrid_optimization import (
+    AuxiliaryNeuralNetwork,
+    ConstrainedOptimizer,
+    Guidance,
+    HybridOptimizer,
+)
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, n: int = 64) -> float:
@@ -527,3 +532,26 @@ def test_a_closure_without_a_loss():
     assert optimizer.step(closure) is None
     with pytest.raises(TypeError, match="not one tensor"):
         HybridOptimizer(nn.Parameter(torch.ones(2)))
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "kappa", "decades"),
+    [(False, -0.6, 0.0), (False, -1.0, -0.08), (True, -0.6, -0.08), (True, -0.3, 0.0)],
+)
+def test_swings_shorten_steps_near_a_start_that_is_worth_keeping(pretrained, kappa, decades):
+    """The gain is 0.4 decades for each unit of kappa below -0.8, from a teacher's weights -0.4."""
+
+    class AfterStep:
+        RELATIVE_GAIN = ConstrainedOptimizer.RELATIVE_GAIN
+
+        @staticmethod
+        def slope() -> torch.Tensor:
+            return torch.tensor(-kappa)
+
+    low = HybridOptimizer(nn.Linear(2, 2), pretrained=pretrained).guidance.shrink_below
+    guidance = Guidance(AuxiliaryNeuralNetwork(), 0.12, low)
+    guidance.peak, guidance.promised = 1e-3, -1.0
+    before = guidance.length
+    guidance.lead(AfterStep(), guidance.describe(1.0, 1.0, 0, 1), left=1.0)  # type: ignore[arg-type]
+    assert guidance.kappa == pytest.approx(kappa)
+    assert guidance.length - before == pytest.approx(decades, abs=1e-6)
