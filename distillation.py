@@ -16,14 +16,22 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":  # what is imported next may take seconds, from a cold disk many
+    from lowbit.console import Waiting, draws
+
+    loading = ExitStack()
+    if draws() and os.environ.get("RANK", "0") == "0" and not {"--quiet", "--json"} & {*sys.argv}:
+        loading.enter_context(Waiting("Loading PyTorch"))
 
 import torch
 
 from lowbit import NotFinite, RunFailed, UserError
-from lowbit.console import Printer, progress_bar, sayable
+from lowbit.console import Waiting, hushed, progress_bar, sayable
+from lowbit.events import Reporter, tell
 from lowbit.export import export
 from lowbit.extras import require
 from lowbit.files.atomic import atomic_write, prepare_folder
@@ -32,15 +40,25 @@ from lowbit.files.gguf_file import check_exportable
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.files.saved_run import Checkpoints, Saved, locked
 from lowbit.generate import generate
+from lowbit.logs import LogOf, check, new_id
 from lowbit.models.decoder import CausalLM
 from lowbit.models.student import make_student
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import TransformersLM, hold_linears, save_folder
 from lowbit.options import parse_options
 from lowbit.quantization.layers import latent
-from lowbit.report import epoch_line, model_card, plot_metrics, summary_lines, write_csv
+from lowbit.report import (
+    epoch_line,
+    model_card,
+    plot_metrics,
+    summary_lines,
+    talk_command,
+    worse_line,
+    write_csv,
+)
 from lowbit.signals import Stop, Stopped
 from lowbit.text.corpus import Corpus, load_corpus
+from lowbit.text.tokenizers import TeacherTokenizer
 from lowbit.training.parallel import ALONE, Lost, World
 from lowbit.training.preparation import (
     calibrate_student,
@@ -83,11 +101,13 @@ def set_up(
     """Load and make what a run needs. claim: called when the output folder is there and before
     anything is written to it; calibrates: False where the student's weights are to be loaded;
     world: the processes that do the same."""
+    check(o)
     device = world.device(choose_device(o.device))
     torch.manual_seed(o.seed)
     if device.type == "cpu":
         torch.set_flush_denormal(True)
-    teacher, tokenizer = load_teacher(o.teacher)
+    with Waiting("Loading the teacher"):
+        teacher, tokenizer = load_teacher(o.teacher)
     fingerprint = print_of(teacher)
     settle(o, teacher, tokenizer)
     if o.export:
@@ -113,7 +133,8 @@ def set_up(
 
     def read_text() -> Corpus:
         paths = [own_text(o, teacher, tokenizer) if x == "self" else x for x in o.data]
-        return load_corpus(paths, o.seq_len, tokenizer)
+        with Waiting("Reading the text" if paths else "Reading the standard library's text"):
+            return load_corpus(paths, o.seq_len, tokenizer)
 
     world.first(claim_folders)
     teacher = teacher.to(device)
@@ -172,12 +193,16 @@ def train(
     if keeper and not (saved and keeper.checkpoints.is_newest(saved)):
         keeper.start(run)
     with (
-        progress_bar(total=s.max_steps, initial=run.t, unit="step", disable=not bar) as progress,
+        progress_bar(
+            total=s.max_steps, initial=run.t, desc="Training", unit="step", disable=not bar
+        ) as progress,
         keeper.world.stop.deferred() if keeper else nullcontext(),
     ):
+        progress.set_postfix_str(f"validation {run.start:.4f}", refresh=False)
         while run.t < s.max_steps:
             result = run.step()
             progress.update()
+            tell(say, "step", step=run.t, loss=result.loss, ce=result.ce, lr=result.lr)
             if run.manager and result.control["skipped"]:
                 if keeper:
                     keeper.after_skip(run, result.loss, result.control["gradient_magnitude"])
@@ -186,7 +211,9 @@ def train(
                     raise RunFailed(f"{run.skips} steps in a row were not finite")
             if run.results and run.t % s.steps_per_epoch == 0:
                 row = run.end_epoch()
-                say(epoch_line(row["epoch"], row))
+                tell(say, "epoch", [epoch_line(row["epoch"], row)], **row)
+                if run.column in row:
+                    progress.set_postfix_str(f"validation {row[run.column]:.4f}", refresh=False)
                 after_epoch(run.t / s.max_steps)
             if keeper:
                 keeper.after_step(run)
@@ -258,13 +285,27 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
         name, print_ = Path(o.teacher).name, s.corpus.fingerprint
         card = model_card(name, o.mode, s.max_steps, print_, losses, measured_on)
         atomic_write(paths["transformers"] / "README.md", lambda f: f.write(sayable(card).encode()))
-    say(f"Validation loss, nats a {unit} ({measured_on}):")
-    say(f"  teacher              {teacher:.4f}")
-    say(
-        f"  student, quantized   {quantized.loss:.4f} +- {quantized.error:.4f} "
-        f"({share(quantized)}; KL to the teacher {quantized.kl:.4f})"
+    tell(
+        say,
+        "summary",
+        [
+            f"Validation loss, nats a {unit} ({measured_on}):",
+            f"  teacher              {teacher:.4f}",
+            f"  student, quantized   {quantized.loss:.4f} +- {quantized.error:.4f} "
+            f"({share(quantized)}; KL to the teacher {quantized.kl:.4f})",
+            f"  student, latent fp32 {full.loss:.4f} ({share(full)})",
+        ],
+        teacher_loss=teacher,
+        student_loss=quantized.loss,
+        student_error=quantized.error,
+        student_kl=quantized.kl,
+        latent_loss=full.loss,
+        windows=len(windows),
+        packed_bytes=size.file_bytes,
+        float32_bytes=size.float32_bytes,
+        linear_bits=size.linear_bits,
+        fingerprint=s.corpus.fingerprint,
     )
-    say(f"  student, latent fp32 {full.loss:.4f} ({share(full)})")
     say(
         f"Size: {size.file_bytes:,} bytes packed, {size.float32_bytes:,} in float32: "
         f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a linear weight, scales "
@@ -284,20 +325,28 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
         f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} {unit}s, "
         f"fingerprint {s.corpus.fingerprint}"
     )
-    for line in [*notes, *(f"Wrote {path}" for path in paths.values())]:
+    for line in notes:
         say(line)
+    chats = isinstance(s.tokenizer, TeacherTokenizer) and s.tokenizer.has_template
+    talk = talk_command(paths["packed"], chats=chats, prompt=prompt)
+    files = {kind: str(path) for kind, path in paths.items()}
+    tell(say, "files", [f"Wrote {path}" for path in paths.values()], files=files, talk=talk)
+    say(f"Talk to it: {talk}")
     return problem
 
 
 def run(
-    argv: Sequence[str], say: Printer, stop: Stop, at: Callable[[str], None], world: World
+    argv: Sequence[str], say: Reporter, stop: Stop, at: Callable[[str], None], world: World
 ) -> None:
     """The whole command. ``at`` is told what a signal, or a full disk, leaves behind from then."""
     world.join(stop)
     o, saved = parse_options(argv), None
+    say.follow(o)
     if o.resume is not None:
         o, saved = world.first(lambda: resume_options(o, argv))
+        say.follow(o)
     with ExitStack() as stack:
+        stack.enter_context(hushed(o.quiet or o.json))
 
         def claim() -> None:
             stack.enter_context(locked(o.output_dir))
@@ -311,6 +360,11 @@ def run(
             refuse_others(saved, setup.about())
             argv = [*saved.about["command"], *argv]
             at(f"go on from the newest checkpoint with --resume {o.output_dir}")
+        log_id = new_id(saved and saved.about.get("log"))
+        for name in dict.fromkeys(o.log_to if not world.rank else ()):
+            if name != "none":
+                step = saved.about.get("step", 0) if saved else 0
+                say.logs.append(stack.enter_context(closing(LogOf(name, o, log_id, step))))
         keeper = Keeper(
             Checkpoints(o.output_dir, o.keep),
             setup.steps_per_epoch,
@@ -321,6 +375,7 @@ def run(
             at=at,
             world=world,
             rollbacks=saved.rollbacks if saved else 0,
+            log_id=log_id,
         )
         try:
             rows, summary = train(setup, say, keeper=keeper, saved=saved)
@@ -328,12 +383,15 @@ def run(
             if not world.rank and not keeper.checkpoints.begun:  # nothing to go on with
                 keeper.checkpoints.remove()
             raise
-        for line in summary_lines(summary, hybrid=o.hybrid):
-            say(line)
+        values = {k: v for k, v in summary.items() if k != "metrics_history"}
+        tell(say, "trained", summary_lines(summary, hybrid=o.hybrid), **values)
+        if line := worse_line(summary):
+            tell(say, "warning", [line], warning=line)
         at(f"write the student's files with --resume {o.output_dir}")
 
         def save_all() -> UserError | None:
-            problem = save(setup, rows, say)
+            with Waiting("Measuring and writing the student"):
+                problem = save(setup, rows, say)
             keeper.checkpoints.remove()
             return problem
 
@@ -352,12 +410,12 @@ def main(argv: list[str] | None = None) -> int:
 
     world = World.of(os.environ)
     with world.quiet():
-        say = Printer()
+        say = Reporter()
         try:
             with Stop() as stop:
                 run(sys.argv[1:] if argv is None else argv, say, stop, at, world)
         except Finished as e:
-            say(str(e))
+            tell(say, "finished", [str(e)], text=str(e))
         except Lost as e:
             return world.leave(e.code, f"error: {e}; {left}", lost=True)
         except UserError as e:
@@ -375,4 +433,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    loading.close()
     sys.exit(main())

@@ -5,16 +5,25 @@ A stream that is closed, or whose reader has gone (``| head``), ends what is sai
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
 
-LINE_EVERY = 30.0  # seconds between lines of a bar that no terminal shows
+WAIT = 3.0  # seconds after which it is told what is being done
+#: Seconds between lines of a bar that no terminal shows; after ten times as many, a tenth of the
+#: time that has gone by: a run of days should not fill its log.
+LINE_EVERY = 60.0
+LINE = "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt}, {remaining} left, {rate_fmt}{postfix}"
+
+_hushed = False
 
 
 def sayable(text: str) -> str:
@@ -58,13 +67,50 @@ class Printer:
             silence(sys.stdout)
 
 
-class _Drawing:
-    """stderr for a bar. Where it is no terminal a line now and then, in place of one that is drawn
-    again and again."""
+@contextmanager
+def hushed(hush: bool = True) -> Iterator[None]:
+    """Inside, if so asked, there are no bars, and nobody is told what is being done."""
+    global _hushed
+    before, _hushed = _hushed, _hushed or hush
+    try:
+        yield
+    finally:
+        _hushed = before
 
-    def __init__(self, stream: Any) -> None:
-        self.stream, self.told = stream, time.monotonic()
-        self.terminal = stream.isatty()
+
+class Waiting:
+    """Says on stderr what is being done, if that takes longer than WAIT seconds."""
+
+    def __init__(self, what: str) -> None:
+        self._timer = threading.Timer(WAIT, complain, [f"{what} ..."])
+        self._timer.daemon = True
+
+    def __enter__(self) -> Waiting:
+        if not _hushed:
+            self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def draws() -> bool:
+    """Whether a bar on stderr can be drawn again and again in one place."""
+    return sys.stderr is not None and (sys.stderr.isatty() or in_notebook())
+
+
+class _Drawing:
+    """stderr for a bar. Where it cannot be drawn over, a line now and then."""
+
+    def __init__(self, stream: Any, terminal: bool) -> None:
+        self.stream, self.terminal = stream, terminal
+        self.began = self.told = time.monotonic()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -76,7 +122,7 @@ class _Drawing:
     def write(self, text: str) -> None:
         if not self.terminal:
             now = time.monotonic()
-            if not text.strip() or now - self.told < LINE_EVERY:
+            if not text.strip() or now - self.told < max(LINE_EVERY, (now - self.began) / 10):
                 return
             self.told, text = now, text.strip() + "\n"
         try:
@@ -90,7 +136,19 @@ class _Drawing:
 
 
 def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
-    """A bar on stderr, gone when it is done."""
-    if sys.stderr is None:
+    """A bar on stderr, gone when it is done: a widget in a notebook that has them, lines where
+    nothing can be drawn over."""
+    if sys.stderr is None or _hushed or disable:
         return tqdm(*args, disable=True, **kwargs)
-    return tqdm(*args, file=_Drawing(sys.stderr), leave=False, disable=disable, **kwargs)
+    if in_notebook() and importlib.util.find_spec("ipywidgets"):
+        from tqdm.auto import tqdm as widget
+
+        return widget(*args, leave=False, **kwargs)
+    if draws():
+        kwargs |= {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80}
+    else:
+        kwargs["bar_format"] = LINE
+    bar = tqdm(*args, file=_Drawing(sys.stderr, draws()), leave=False, **kwargs)
+    if bar.desc and not draws():  # as `set_description` has it
+        bar.desc += ": "
+    return bar

@@ -15,6 +15,9 @@ EXTRAS = {
     "parquet": "pyarrow",
     "chat": "xllamacpp",
     "bench": "matplotlib schedulefree prodigyopt",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from lowbit import UserError
 from lowbit.console import complain
+from lowbit.events import add_flags
 from lowbit.models.decoder import STUDENT_SIZES
 
 #: Defaults that depend on the method and on the student's start: (from its teacher, from random
@@ -393,6 +394,7 @@ def make_parser() -> Parser:
         metavar="N",
         help="epochs between validations (default 1)",
     )
+    add_flags(g, switch)
     return parser
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,42 @@ def epoch_line(epoch: int, row: dict[str, Any]) -> str:
     if "trust_radius" in row:
         line += f", Trust Radius: {row['trust_radius']:.6f}"
     return line
+
+
+def start_line(teacher: float, student: float, kind: str) -> str:
+    """Validation losses before the first step; kind: how the student is made then."""
+    return (
+        f"Before training, validation loss: teacher {teacher:.4f}, student {student:.4f} ({kind})"
+    )
+
+
+def worse_line(summary: dict[str, Any]) -> str:
+    """What a run has to admit whose student validates worse than before it was trained, or is
+    still the start; "" of others."""
+    before, after = summary["val_loss_before"], summary["val_loss_after"]
+    if math.isnan(before) or after < before:
+        return ""
+    if summary["keeps_best"]:
+        return (
+            f"WARNING: TRAINING DID NOT HELP. No epoch validated better than the start "
+            f"({before:.4f}); the student is the start."
+        )
+    if after == before:
+        return ""
+    return (
+        f"WARNING: THE STUDENT IS WORSE THAN BEFORE TRAINING. Validation loss {before:.4f} "
+        f"before, {after:.4f} after; use a smaller --lr, or --hybrid."
+    )
+
+
+def talk_command(packed: Path, *, chats: bool, prompt: str) -> str:
+    """What to type to talk to a student, or to have it continue a text. packed: its file; chats:
+    its tokenizer has a chat template."""
+    if not chats:
+        return f'python -m lowbit.generate {shlex.quote(str(packed))} --prompt "{prompt}"'
+    alone = len(list(packed.parent.glob("*.npz"))) == 1
+    name = f"{packed.parent}/" if alone else str(packed)
+    return f"python -m lowbit.chat {shlex.quote(name)}"
 
 
 def summary_lines(summary: dict[str, Any], *, hybrid: bool) -> list[str]:

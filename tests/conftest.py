@@ -23,6 +23,7 @@ os.environ["XDG_CACHE_HOME"] = _CACHE.name
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from lowbit import console  # noqa: E402
 from lowbit.files.packed import save_packed  # noqa: E402
 from lowbit.models.decoder import CausalLM, ModelConfig  # noqa: E402
 from lowbit.text.tokenizers import ByteTokenizer  # noqa: E402
@@ -31,6 +32,7 @@ from lowbit.text.tokenizers import ByteTokenizer  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+console.WAIT = 3600.0  # on a machine that is busy, or not: stderr is the same
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")

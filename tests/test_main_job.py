@@ -69,6 +69,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 NUMBER = r"\d+\.\d{6}"
 CONTRACT = [
     r"Initialized hybrid optimization with 8 data clusters and auxiliary NN guidance",
+    r"Before training, validation loss: teacher \d\.\d{4}, student \d\.\d{4} \(calibrated\)",
     rf"Epoch 0, Loss: {NUMBER}, LR: {NUMBER}, Trust Radius: {NUMBER}",
     rf"Epoch 1, Loss: {NUMBER}, LR: {NUMBER}, Trust Radius: {NUMBER}",
     r"Validation loss of the quantized student: \d\.\d{4} before training, \d\.\d{4} after",
@@ -102,6 +103,9 @@ def test_printed_contract(run):
     ]
     assert sorted(p.name for p in folder.iterdir()) == sorted(names)
     assert [x for x in lines if x.startswith("Wrote")] == [f"Wrote {folder / n}" for n in names]
+    assert lines[-1] == (
+        f'Talk to it: python -m lowbit.generate {folder / names[1]} --prompt "Return the "'
+    )
 
 
 def test_metrics_rows(run):
@@ -257,7 +261,8 @@ def test_baselines_train(run, name):
         "--ternary", "--qat", "--epochs", "3", "--optimizer", name, "--save_metrics"
     )
     assert code == 0
-    assert re.fullmatch(rf"Epoch 0, Loss: {NUMBER}, LR: {NUMBER}", lines[0])
+    assert re.fullmatch(r"Before training, .*, student \d\.\d{4} \(rounded\)", lines[0])
+    assert re.fullmatch(rf"Epoch 0, Loss: {NUMBER}, LR: {NUMBER}", lines[1])
     assert "TRAINING SUMMARY" in lines
     assert not any("HYBRID" in x for x in lines)
     losses = [float(r["train_loss"]) for r in rows_of(folder / "student_metrics.csv")]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import torch
 
 from hybrid_optimization import native_bfloat16
 from lowbit import UserError
-from lowbit.console import progress_bar
+from lowbit.console import Waiting, draws, progress_bar
 from lowbit.models.interface import LanguageModel
 from lowbit.models.student import settle_student
 from lowbit.models.transformers_lm import TransformersLM
@@ -124,8 +124,9 @@ def calibrate_student(
     batches = [*ids.split(CALIBRATION_BATCH)]
     large = isinstance(student, TransformersLM)
     with autocast(device, choose_dtype(device, original) if large else None):
-        bar = partial(progress_bar, desc="Calibrating", unit="block", disable=not large)
-        calibrate(student, original, batches, progress=bar)
+        bar = partial(progress_bar, desc="Calibrating", unit="block")
+        with nullcontext() if draws() else Waiting("Calibrating"):
+            calibrate(student, original, batches, progress=bar)
 
 
 def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Path]:
@@ -189,7 +190,7 @@ def plan(
     )
 
     ids = batch_of(corpus.train[: o.micro_batch_size], device)[0]
-    with autocast(device, dtype):
+    with Waiting("Measuring what a pass takes"), autocast(device, dtype):
         second = seconds_a_token(teacher, ids)
     windows_in_all = o.epochs * (o.samples_per_epoch or len(corpus.train))
     passes = (STEP_PASSES + o.activation_checkpointing) / world.count

@@ -34,7 +34,7 @@ BACK_OFF = 0.5  # of the step's length and the regions, after a rollback
 #: known by its fingerprint.
 FREE = {
     "output_dir", "resume", "save_every", "keep", "save_metrics", "metrics_out", "export",
-    "eval_every", "device", "teacher", "data",
+    "eval_every", "device", "teacher", "data", "quiet", "json", "log_to",
 }  # fmt: skip
 
 
@@ -101,7 +101,7 @@ class Keeper:
 
     steps_per_epoch, max_steps: the run's. every: what --save_every says; None: every ten
     minutes, or as seldom as makes saving cost a hundredth of the time. at: told what is left from
-    now on if the run ends.
+    now on if the run ends. log_id: the run's name in the logs that it is written to.
     """
 
     checkpoints: Checkpoints
@@ -113,6 +113,7 @@ class Keeper:
     at: Callable[[str], None] = lambda what: None
     world: World = ALONE
     rollbacks: int = 0
+    log_id: str = ""
     _last: float = field(default_factory=time.monotonic)
     _took: float = 0.0
     _tried: set[Path] = field(default_factory=set)  # checkpoints that a rollback led back to
@@ -173,6 +174,7 @@ class Keeper:
             "command": list(self.command),
             "rollbacks": self.rollbacks,
             "skips": run.skips,
+            "log": self.log_id,
             "versions": {"apl-hybrid": lowbit.__version__, "torch": torch.__version__},
             **run.about(),
         }

@@ -13,8 +13,11 @@ import torch
 
 from hybrid_optimization import HybridOptimizationManager
 from lowbit import UserError, first_line
+from lowbit.console import Waiting
+from lowbit.events import tell
 from lowbit.files.saved_run import Saved
 from lowbit.quantization.layers import count_flips, snapshot_codes
+from lowbit.report import start_line
 from lowbit.text.sampler import StratifiedSampler
 from lowbit.training.baselines import Baseline
 from lowbit.training.resume import as_tensors
@@ -44,7 +47,8 @@ class Run:
         clustered = cluster_batches or (self.manager is not None and o.use_clustering)
         if clustered and saved is None:
             clusterer = self.manager or make_manager(s)
-            labels = clusterer.setup_data_clustering(s.corpus.train)
+            with Waiting(f"Clustering {len(s.corpus.train):,} windows of text"):
+                labels = clusterer.setup_data_clustering(s.corpus.train)
             self.clusters = s.world.first(lambda: labels)
         if self.manager:
             parts = f" with {o.data_clusters} data clusters" if o.use_clustering else ""
@@ -53,14 +57,16 @@ class Run:
             say(f"Initialized hybrid optimization{parts}")
 
         quick = pick_windows(s.corpus.validation, math.ceil(o.quick_tokens / o.seq_len))
-        self.reference = Reference(s.teacher, quick, s.device, s.dtype, s.world)
-        self.best: Best | None = None
         self.start = math.nan
+        with Waiting("Validating the start"):
+            self.reference = Reference(s.teacher, quick, s.device, s.dtype, s.world)
+            if saved is None:
+                self.start = self.reference.validate(s.student).loss
+        self.best: Best | None = None
         if self.manager and o.qat and o.student_init == "teacher":
             # The start is good: never end behind it.
             self.best = Best(s.student, None if s.world.rank else o.output_dir)
             if saved is None:
-                self.start = self.reference.validate(s.student).loss
                 self.best.see(self.start)
         baseline = None if self.manager else Baseline(o, s.student, s.max_steps)
         self.baseline = baseline
@@ -77,7 +83,31 @@ class Run:
             self.resumed, self.rolled_back, self._before = self.load(saved)
             self.resumed += 1
             say(f"Resumed at step {self.t} of {s.max_steps}")
+        self._tell_start(say)
         self._step = make_step(s, self.optimizer, self.clusters)
+
+    def _tell_start(self, say: Callable[[str], None]) -> None:
+        """What validations can be read against. Of a run that was resumed as it was measured;
+        nothing to a person where an older checkpoint does not hold it."""
+        s, o = self.s, self.s.options
+        kind = "random weights"
+        if o.student_init == "teacher":
+            kind = "calibrated" if o.calibrate else "rounded"
+        if not o.qat:
+            kind = "not yet rounded"
+        teacher = self.reference.teacher_loss
+        line = start_line(teacher, self.start, kind)
+        tell(
+            say, "start", [] if math.isnan(self.start) else [line], step=self.t,
+            steps=s.max_steps, epochs=o.epochs, teacher_loss=teacher, student_loss=self.start,
+            student=kind, column=self.column, unit=s.tokenizer.unit,
+            windows=len(self.reference.windows), output_dir=str(o.output_dir),
+        )  # fmt: skip
+
+    @property
+    def column(self) -> str:
+        """The metric that holds a validation's loss."""
+        return "val_loss_quantized" if self.s.options.qat else "val_loss"
 
     def _sample_by(self, labels: np.ndarray) -> None:
         self.balanced = labels is self.clusters and bool(labels.any())
@@ -117,7 +147,7 @@ class Run:
         if (epoch + 1) % o.eval_every == 0 or epoch + 1 == o.epochs:
             with self.baseline.averaged() if self.baseline else nullcontext():
                 found = self.reference.validate(s.student)
-            row["val_loss_quantized" if o.qat else "val_loss"] = found.loss
+            row[self.column] = found.loss
             row["val_kl"], row["val_loss_teacher"] = found.kl, self.reference.teacher_loss
             if self.best:
                 self.best.see(found.loss)
@@ -145,16 +175,22 @@ class Run:
         summary."""
         if self.baseline:
             self.baseline.use_averaged()
+        after = self.rows[-1][self.column]
         if self.best:
-            behind = not self.rows[-1]["val_loss_quantized"] <= self.best.loss  # or not a number
+            behind = not after <= self.best.loss  # or not a number
             if behind and not self.s.world.rank:
                 self.best.restore()
+            after = self.best.loss
+        if not math.isnan(self.start):
+            kind = "quantized student" if self.s.options.qat else "student, not yet rounded"
             say(
-                f"Validation loss of the quantized student: {self.start:.4f} before training, "
-                f"{self.best.loss:.4f} after"
+                f"Validation loss of the {kind}: {self.start:.4f} before training, {after:.4f} "
+                "after"
             )
         summary = self.manager.get_summary() if self.manager else {"total_steps": self.t}
         summary["final_loss"] = self.rows[-1]["train_loss"]
+        summary |= {"val_loss_before": self.start, "val_loss_after": after}
+        summary["keeps_best"] = self.best is not None
         return {**summary, "resumed": self.resumed, "rollbacks": self.rolled_back}
 
     # ------------------------------------------------------------------------ saved and loaded
