@@ -211,9 +211,9 @@ def train(
                     raise RunFailed(f"{run.skips} steps in a row were not finite")
             if run.results and run.t % s.steps_per_epoch == 0:
                 row = run.end_epoch()
-                tell(say, "epoch", [epoch_line(row["epoch"], row)], **row)
                 if run.column in row:
                     progress.set_postfix_str(f"validation {row[run.column]:.4f}", refresh=False)
+                tell(say, "epoch", [epoch_line(row["epoch"], row)], **row)
                 after_epoch(run.t / s.max_steps)
             if keeper:
                 keeper.after_step(run)

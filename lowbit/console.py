@@ -37,15 +37,16 @@ def silence(stream: Any) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def complain(line: str) -> None:
-    """A line on stderr, above a bar that is drawn there."""
-    if sys.stderr is None:  # closed before the start: print would take stdout
+def complain(line: str, stream: Any = None) -> None:
+    """A line on stderr, or what was stderr before, above a bar that is drawn there."""
+    stream = stream or sys.stderr
+    if stream is None:  # closed before the start: print would take stdout
         return
     try:
-        tqdm.write(sayable(line), file=sys.stderr)
-        sys.stderr.flush()
+        tqdm.write(sayable(line), file=stream)
+        stream.flush()
     except (OSError, ValueError):
-        silence(sys.stderr)
+        silence(stream)
 
 
 class Printer:
@@ -82,7 +83,8 @@ class Waiting:
     """Says on stderr what is being done, if that takes longer than WAIT seconds."""
 
     def __init__(self, what: str) -> None:
-        self._timer = threading.Timer(WAIT, complain, [f"{what} ..."])
+        # Meanwhile stderr may be redirected: other libraries have bars of their own.
+        self._timer = threading.Timer(WAIT, complain, [f"{what} ...", sys.stderr])
         self._timer.daemon = True
 
     def __enter__(self) -> Waiting:

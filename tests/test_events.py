@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import io
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import pty
 import struct
 import sys
 import termios
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -268,7 +269,8 @@ def test_a_bar_in_a_notebook(monkeypatch, widgets) -> None:
 
 
 def test_what_takes_long_is_told(monkeypatch, capsys) -> None:
-    """Unless the run is hushed, which ends with the context."""
+    """Unless the run is hushed, which ends with the context; also where another library's bars are
+    kept from stderr meanwhile."""
 
     class Timer:
         """All waiting is too long."""
@@ -279,7 +281,8 @@ def test_what_takes_long_is_told(monkeypatch, capsys) -> None:
     monkeypatch.setattr(console, "threading", SimpleNamespace(Timer=Timer))
     with hushed(), Waiting("Nothing"):
         pass
-    with hushed(False), Waiting("Reading"):
+    waiting = Waiting("Reading")
+    with hushed(False), redirect_stderr(io.StringIO()), waiting:
         pass
     assert capsys.readouterr().err == "Reading ...\n"
 

@@ -125,6 +125,7 @@ def calibrate_student(
     large = isinstance(student, TransformersLM)
     with autocast(device, choose_dtype(device, original) if large else None):
         bar = partial(progress_bar, desc="Calibrating", unit="block")
+        # Of a large model a block takes many seconds, and lines of a bar are a minute apart.
         with nullcontext() if draws() else Waiting("Calibrating"):
             calibrate(student, original, batches, progress=bar)
 

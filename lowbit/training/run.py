@@ -58,7 +58,7 @@ class Run:
 
         quick = pick_windows(s.corpus.validation, math.ceil(o.quick_tokens / o.seq_len))
         self.start = math.nan
-        with Waiting("Validating the start"):
+        with Waiting("Validating teacher and student"):
             self.reference = Reference(s.teacher, quick, s.device, s.dtype, s.world)
             if saved is None:
                 self.start = self.reference.validate(s.student).loss
