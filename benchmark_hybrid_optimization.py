@@ -36,7 +36,7 @@ import torch.nn as nn
 
 import distillation
 from lowbit import RunFailed, UserError
-from lowbit.console import complain
+from lowbit.console import complain, hushed
 from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.options import (
     STEPS_PER_EPOCH,
@@ -106,6 +106,7 @@ def spoil_gradients(model: nn.Module) -> None:
         p.register_post_accumulate_grad_hook(partial(spoil, number, itertools.count(1)))
 
 
+@hushed()  # many runs have a bar together
 def run_once(
     method: str,
     flags: Sequence[str],

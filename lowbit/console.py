@@ -23,7 +23,7 @@ WAIT = 3.0  # seconds after which it is told what is being done
 LINE_EVERY = 60.0
 LINE = "{desc}{percentage:.0f}%, {n_fmt} of {total_fmt}, {remaining} left, {rate_fmt}{postfix}"
 
-_hushed = False
+_hushed = 0  # how many contexts hush
 
 
 def sayable(text: str) -> str:
@@ -72,11 +72,11 @@ class Printer:
 def hushed(hush: bool = True) -> Iterator[None]:
     """Inside, if so asked, there are no bars, and nobody is told what is being done."""
     global _hushed
-    before, _hushed = _hushed, _hushed or hush
+    _hushed += hush
     try:
         yield
     finally:
-        _hushed = before
+        _hushed -= hush
 
 
 class Waiting:
