@@ -77,20 +77,6 @@ def test_a_number_that_is_none_is_null() -> None:
     assert plain(values) == {"a": None, "b": [None, 1.5, None], "c": {"d": None}}
 
 
-def test_quiet_says_the_losses_and_the_files(flags, tmp_path, capsys) -> None:
-    folder = ["--output_dir", str(tmp_path)]
-    assert distillation.main([*flags, "--hybrid", "--quiet", "--calibrate=false", *folder]) == 0
-    said = capsys.readouterr()
-    assert said.err == ""
-    lines = said.out.splitlines()
-    beginnings = ["Validation loss, ", "  teacher ", "  student, quantized", "  student, latent"]
-    beginnings += ["Wrote ", "Wrote "]
-    assert [line[: len(b)] for line, b in zip(lines, beginnings, strict=True)] == beginnings
-    assert distillation.main([*flags, "--quiet", "--seq_len", "100000"]) == 2
-    said = capsys.readouterr()
-    assert (said.out, said.err.startswith("error: ")) == ("", True)
-
-
 def summary(before: float, after: float, keeps_best: bool) -> dict[str, Any]:
     return {"val_loss_before": before, "val_loss_after": after, "keeps_best": keeps_best}
 
@@ -113,12 +99,19 @@ def test_a_student_that_is_worse_than_its_start(values, said) -> None:
     assert bool(line) == bool(said) == line.startswith("WARNING: ")
 
 
-def test_a_run_that_makes_it_worse_says_so(flags, tmp_path, capsys) -> None:
-    """After the summary, also where little else is said."""
+def test_quiet_says_the_losses_the_files_and_what_is_wrong(flags, tmp_path, capsys) -> None:
     worse = ["--qat", "--lr", "3", "--quiet", "--output_dir", str(tmp_path)]
     assert distillation.main([*flags, *worse]) == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("WARNING: THE STUDENT IS WORSE THAN BEFORE TRAINING. Validation loss ")
+    said = capsys.readouterr()
+    assert said.err == ""
+    lines = said.out.splitlines()
+    beginnings = ["WARNING: THE STUDENT IS WORSE THAN BEFORE TRAINING. Validation loss "]
+    beginnings += ["Validation loss, ", "  teacher ", "  student, quantized", "  student, latent"]
+    beginnings += ["Wrote ", "Wrote "]
+    assert [line[: len(b)] for line, b in zip(lines, beginnings, strict=True)] == beginnings
+    assert distillation.main([*flags, "--quiet", "--seq_len", "100000"]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err.startswith("error: ")) == ("", True)
 
 
 def killed(flags: list[str], monkeypatch, at: int) -> None:
@@ -134,26 +127,6 @@ def killed(flags: list[str], monkeypatch, at: int) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(Run, "step", step)
         assert distillation.main([*flags, "--save_every", "1"]) == 137
-
-
-def test_a_resumed_run_knows_its_start(flags, tmp_path, monkeypatch, capsys) -> None:
-    """Which it does not measure again; flags of what is said may be others."""
-    flags += ["--ternary", "--qat", "--output_dir", str(tmp_path)]
-    killed([*flags, "--json"], monkeypatch, 5)
-    before = objects(capsys.readouterr().out)[0]
-    validated = []
-    original = distillation.Reference.validate
-    monkeypatch.setattr(
-        distillation.Reference,
-        "validate",
-        lambda self, model: validated.append(model is self.teacher) or original(self, model),
-    )
-    assert distillation.main(["--resume", str(tmp_path), "--json=false"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "Resumed at step 3 of 6"
-    assert lines[1].endswith(f"student {before['student_loss']:.4f} (rounded)")
-    assert validated[:2] == [True, False]  # the teacher, and the student after the next epoch
-    assert f"{before['student_loss']:.4f} before training, " in lines[3]
 
 
 def test_what_is_said_is_free_to_change() -> None:
@@ -316,25 +289,30 @@ class Recorder(ModuleType):
         self.closed += 1
 
 
-def checked_rows(rows: list[dict], steps: list[int]) -> None:
-    """Every step's loss, and the curve of validations, which begins with the start."""
-    assert [r["step"] for r in rows if "step/loss" in r] == steps
-    (final,) = (r for r in rows if "final/student_loss" in r)
-    assert final["step"] == 6
-    assert all(isinstance(v, (int, float)) for r in rows for v in r.values())
-
-
-def test_a_run_and_its_logs(flags, tmp_path, monkeypatch, capsys) -> None:
-    """One name in all of them, kept when the run goes on; stdout is left to the run."""
+def test_a_resumed_run_goes_on_in_its_logs(flags, tmp_path, monkeypatch, capsys) -> None:
+    """They know it by one name, and stdout is left to the run. Its start is not measured again;
+    flags of what is said may be others."""
     packages = {name: Recorder(name) for name in ("wandb", "trackio")}
     for name, package in packages.items():
         monkeypatch.setitem(sys.modules, name, package)
     flags += ["--ternary", "--qat", "--output_dir", str(tmp_path)]
     killed([*flags, "--json", "--log_to", *packages], monkeypatch, 5)
-    assert len(objects(capsys.readouterr().out)) == 2
+    start, _ = objects(capsys.readouterr().out)
     saved = Checkpoints(tmp_path).newest()
-    assert distillation.main(["--resume", str(tmp_path)]) == 0
-    assert len(objects(capsys.readouterr().out)) == 4
+    validated = []
+    original = distillation.Reference.validate
+
+    def validate(self, model):
+        validated.append(model is self.teacher)
+        return original(self, model)
+
+    monkeypatch.setattr(distillation.Reference, "validate", validate)
+    assert distillation.main(["--resume", str(tmp_path), "--json=false"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Resumed at step 3 of 6"
+    assert lines[1].endswith(f"student {start['student_loss']:.4f} (rounded)")
+    assert f"{start['student_loss']:.4f} before training, " in lines[3]
+    assert validated[:2] == [True, False]  # the teacher, and the student after the next epoch
     for name, key in {"wandb": "id", "trackio": "name"}.items():
         first, again = packages[name].opened
         assert first[key] == again[key] == saved.about["log"]
@@ -342,9 +320,10 @@ def test_a_run_and_its_logs(flags, tmp_path, monkeypatch, capsys) -> None:
         assert first["resume"] == "allow"
         assert packages[name].closed == 2
         rows = packages[name].rows
-        checked_rows(rows, [1, 2, 3, 4, 4, 5, 6])  # killed in step 5, the checkpoint is of 3
-        curve = [r["step"] for r in rows if "epoch/val_loss_quantized" in r]
-        assert curve == [0, 3, 6]
+        # Killed in step 5; the checkpoint is of step 3.
+        assert [r["step"] for r in rows if "step/loss" in r] == [1, 2, 3, 4, 4, 5, 6]
+        assert [r["step"] for r in rows if "epoch/val_loss_quantized" in r] == [0, 3, 6]
+        assert [r["step"] for r in rows if "final/student_loss" in r] == [6]
 
 
 def test_tensorboard_reads_what_was_written(flags, tmp_path, monkeypatch) -> None:
