@@ -1,0 +1,65 @@
+"""README's picture, from the records beside it: python benchmarks/smollm2/picture.py"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+INK, PALE, STRONG = "#333333", "#b9c2cc", "#1f6f8b"
+
+
+def read(study: str) -> dict:
+    return json.loads((HERE.parent / study / "summary.json").read_text())
+
+
+def main() -> None:
+    run = read("smollm2")["runs"][0]
+    shapes = [
+        r for r in read("decoding")["runs"] if r["shape"] == "smollm2-135m" and r["rounds"] == 5
+    ]
+    speed = {r["type"]: r["tokens_a_second"] for r in shapes}
+    gguf = read("engine")["runs"][0]["bytes"]
+    starts = {r["flags"]: r["loss"] for r in read("smollm2_starts")["starts"]}
+    float32 = run["file_bytes"] * run["size_ratio"]
+    panels = {
+        "Size, MB": {
+            "float32": float32 / 1e6,
+            "student, GGUF": gguf / 1e6,
+            "student, packed": run["file_bytes"] / 1e6,
+        },
+        "Tokens a second in llama.cpp": {
+            "float32": speed["f32"],
+            "student, GGUF": speed["q4_0"],
+        },
+        "Loss, nats a token": {
+            "the original": run["teacher"],
+            "rounded": starts["--calibrate=false"],
+            "calibrated": starts["--calibrate"],
+            "trained": run["loss"],
+        },
+    }
+    figure = Figure(figsize=(10, 2.3), layout="constrained")
+    for ax, (title, bars) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        names, values = list(bars), list(bars.values())
+        original = [n in ("float32", "the original") for n in names]
+        good = [n == "trained" or n.startswith("student") for n in names]
+        colours = [INK if o else STRONG if g else PALE for o, g in zip(original, good, strict=True)]
+        drawn = ax.barh(names, values, color=colours, height=0.62)
+        digits = 2 if max(values) < 100 and "Loss" in title else 0
+        ax.bar_label(drawn, [f"{v:.{digits}f}" for v in values], padding=3, color=INK)
+        ax.set_xlim(0, 1.18 * max(values))
+        ax.set_title(title, loc="left", fontsize=11, color=INK)
+        ax.invert_yaxis()
+        ax.xaxis.set_visible(False)
+        ax.tick_params(length=0, labelcolor=INK)
+        for side in ("top", "right", "bottom"):
+            ax.spines[side].set_visible(False)
+        ax.spines["left"].set_color(PALE)
+    figure.savefig(HERE / "picture.png", dpi=160, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()
