@@ -171,6 +171,7 @@ _GROUP_RULES: dict[str, _Rule] = {
     ),
     "active_share": (_number(0, 1), "a share in [0, 1]"),
     "spike_limit": (lambda x: x == math.inf or _POSITIVE[0](x), "above 0"),
+    "compensated": _BOOLEAN,
     "kind": (lambda x: x is None or x in _KINDS, f"None or one of {', '.join(_KINDS)}"),
 }
 
@@ -634,11 +635,23 @@ def equal_blocks(side: int, at_most: int) -> int:
     return n
 
 
+def _norms(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """2-norms, each 0-dimensional; of half precision in float32, where squares fit."""
+    half = [x.dtype in _HALF for x in tensors]
+    if dtype is None and any(half) and not all(half):
+        types = [torch.float32 if h else None for h in half]
+        return [torch.linalg.vector_norm(x, dtype=t) for x, t in zip(tensors, types, strict=True)]
+    dtype = torch.float32 if dtype is None and all(half) else dtype
+    return list(torch._foreach_norm(list(tensors), 2, dtype))
+
+
 def _require_dense(grads: Iterable[Tensor]) -> None:
+    """Of gradients, or of the parameters that will have them."""
     grads = list(grads)
-    if any(hasattr(g, "device_mesh") for g in grads):
+    # DTensors, and what FSDP1 makes of parameters: flat shards, also where they keep their names.
+    if any(hasattr(g, "device_mesh") or hasattr(g, "_fsdp_flattened") for g in grads):
         raise RuntimeError(
-            "ConstrainedOptimizer cannot step sharded tensors (FSDP2, DTensor); use "
+            "ConstrainedOptimizer cannot step sharded tensors (FSDP, DTensor); use "
             "DistributedDataParallel"
         )
     if any(g.is_sparse or g.is_complex() for g in grads):
@@ -669,6 +682,14 @@ def named_kinds(model: nn.Module, *, frozen: bool = False) -> list[tuple[str, nn
         for n, p in model.named_parameters()
         if p.requires_grad or frozen
     ]
+
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _scaled(g: Tensor, factor: Tensor | float) -> Tensor:
+    """g times a factor, in float32; of float64 before it is cast."""
+    return (g * factor).float() if g.dtype == torch.float64 else g.float() * factor
 
 
 #: A parameter that a step moves: itself, its cluster, its kind, its group.
@@ -757,6 +778,28 @@ class _Bucket:
             return torch.linalg.vector_norm(x, dtype=torch.float32).reshape(1)
         return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1, dtype=torch.float32)
 
+    def move_half(self, d: Tensor, bound: Tensor) -> None:
+        """Weights of half precision by d, which is float32, but by no more than bound (count,) in
+        2-norm: to the nearest where that is inside, else rounded towards where they are."""
+        old = self.gather(self.params).float()
+        dtype = self.params[0].dtype
+        if self.group["compensated"]:
+            if "lost" not in self:
+                self["lost"] = torch.zeros_like(d, dtype=torch.bfloat16)
+            wanted = d + self["lost"]
+            new = (old + wanted).to(dtype)
+            self["lost"].copy_(wanted - (new.float() - old))
+        else:
+            new = (old + d).to(dtype)
+            inside = self.norm(new.float() - old) <= bound.to(d.device)
+            # To the nearest of what is half a unit in the last place closer is towards the old.
+            info = torch.finfo(dtype)
+            unit = torch.maximum(old.abs(), (old + d).abs()) * (0.51 * info.eps)
+            unit += info.eps * info.tiny
+            closer = (old + (d - d.clamp(-unit, unit))).to(dtype)
+            new = torch.where(self.column(inside), new, closer)
+        torch._foreach_copy_(self.params, self.parts(new))
+
     def __contains__(self, name: str) -> bool:
         return all(name in state for state in self.states)
 
@@ -799,7 +842,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     ||d_c||_2 <= mu_c ||Theta_c||_2 (||Theta_c|| at least a tenth of a usual start's, so that
     weights that start at zero can leave it). A cluster whose step was cut shrinks its region, one
     whose step was not grows it; around that a slow recentring follows the length of proposals, so
-    that about ``active_share`` of the steps are cut.
+    that about ``active_share`` of the steps are cut. Weights of half precision are rounded to the
+    nearest where that stays inside, else towards where they were, so the bound holds for them as
+    they are stored. With compensated what rounding lost is kept (2 bytes a weight) and joins later
+    steps: short ones add up, and the bound holds for weights with what is kept.
+
+    Scale. Only the course of gradients matters, not their size: norms outside ORDINARY are brought
+    to about 1 by a power of two (on a GPU where `step` is told the norm as a number).
 
     Spikes. A gradient r times as long as the running mean of those before is, where r is above
     ``spike_limit`` (inf: never), cut to spike_limit^2 / r times that mean: the longer, the less it
@@ -808,12 +857,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
     metric_decay (of entries' squares), matrix_metric_decay, weight_decay (decoupled; below 6e-8 of
-    a weight a step it is left out), use_matrix_geometry, refresh_every (steps between roots, in
-    the end: at step t at most 2 + t / SETTLED), damping (of the mean eigenvalue), largest_block,
+    a weight a step it waits until it adds up to 2e-6), compensated, use_matrix_geometry,
+    refresh_every (steps between roots, in the end: at step t at most 2 + t / SETTLED), damping (of
+    the mean eigenvalue), largest_block,
     product_dtype (of the metric's products; None: bfloat16 where `native_bfloat16`, else float32),
     kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
-    active_share) and spike_limit are read from the first group that has a gradient. Raises
-    ValueError for options that make no sense, RuntimeError for sparse or complex gradients.
+    active_share) and spike_limit are read from the first group that has a gradient. A parameter
+    that was resized in place starts anew. Raises ValueError for options that make no sense,
+    RuntimeError for sparse or complex gradients and sharded parameters.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
@@ -824,6 +875,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     OUTER_BLOCK = 128  # rows of the metric of a matrix's larger side
     SETTLED = 16  # roots are at most 2 + t / SETTLED steps old at step t
     SPIKELESS = 10  # steps before a gradient can be too long
+    ORDINARY = (2.0**-20, 2.0**40)  # norms of gradients that are taken as they are
+    SCALED = (("mean", 1), ("square", 2), ("inner", 2), ("inner_root", -1))  # with which power
 
     # On the class, because a copy of an optimiser has its groups and states only.
     never_wait = False  # as on a GPU, and in its buckets: for tests on the CPU
@@ -849,6 +902,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         product_dtype: torch.dtype | None = None,
         active_share: float = 0.3,
         spike_limit: float = 3.0,
+        compensated: bool = False,
     ) -> None:
         defaults = dict(
             lr=lr,
@@ -866,6 +920,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             product_dtype=product_dtype,
             active_share=active_share,
             spike_limit=spike_limit,
+            compensated=compensated,
             kind=None,
             clusters=None,
         )
@@ -874,8 +929,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             _check_option(name, value)
         if isinstance(params, nn.Module):
             groups: dict[str, list[Tensor]] = {}
-            for _, p, kind in named_kinds(params):
-                groups.setdefault(kind, []).append(p)
+            trains = any(p.requires_grad for p in params.parameters())
+            for _, p, kind in named_kinds(params, frozen=True) if trains else ():
+                groups.setdefault(kind, []).append(p)  # the frozen may be thawed
             params = [{"params": ps, "kind": kind} for kind, ps in groups.items()]
         given = [] if params is None else list(params)
         if params is not None and not given:
@@ -903,6 +959,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 )
             group["clusters"] = [int(k) for k in clusters]
         super().add_param_group(group)
+        _require_dense(self.param_groups[-1]["params"])
         self._region_of_new_clusters()
 
     @torch.no_grad()
@@ -957,33 +1014,40 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         eps = torch.finfo(array.dtype).eps if array.is_floating_point() else 1e-7
         return update * (constraint_radius / norm * (1 - 4 * eps)), True
 
-    def gradient_norm(self) -> Tensor:
-        """||g||_2 over all parameters that have a gradient, as a 0-dimensional tensor."""
+    def gradient_norm(self, dtype: torch.dtype | None = None) -> Tensor:
+        """||g||_2 over all parameters that have a gradient, as a 0-dimensional tensor. dtype: that
+        squares are summed in (None: the gradients', or float32 for half precision)."""
         grads = [
             p.grad for group in self.param_groups for p in group["params"] if p.grad is not None
         ]
         if not grads:
             return torch.zeros(())
         _require_dense(grads)
-        # In float16 a norm above 65504 would be infinite.
-        half = [g for g in grads if g.dtype in (torch.float16, torch.bfloat16)]
-        others = [g for g in grads if g.dtype not in (torch.float16, torch.bfloat16)]
-        norms = [*torch._foreach_norm(others)] if others else []
-        if half:
-            norms += torch._foreach_norm(half, 2, torch.float32)
+        norms = _norms(grads, dtype)
         return torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
+
+    def _known_norm(self) -> float:
+        """`gradient_norm` as a number, which waits for a GPU; right also where squares leave
+        float32."""
+        norm = self.gradient_norm()
+        if not 1e-15 < float(norm) < 1e15 and norm.device.type != "mps":
+            norm = self.gradient_norm(torch.float64)
+        return float(norm)
 
     def slope(self) -> Tensor:
         """<g, s>: this gradient along the newest step taken, as a 0-dimensional tensor."""
         products = []
+        scale = self._gradient_scale()
         for group in self.param_groups:
             for p in group["params"]:
                 taken = self.state[p].get("taken") if p in self.state else None
-                if p.grad is not None and taken is not None:
-                    products.append(torch.dot(p.grad.float().reshape(-1), taken.reshape(-1)))
+                if p.grad is not None and taken is not None and taken.shape == p.shape:
+                    g = p.grad.float() if scale == 1 else _scaled(p.grad, scale)
+                    products.append(torch.dot(g.reshape(-1), taken.reshape(-1)))
         if not products:
             return torch.zeros(())
-        return torch.stack([x.to(products[0].device) for x in products]).sum()
+        total = torch.stack([x.to(products[0].device) for x in products]).sum()
+        return total if scale == 1 else total.double() / scale
 
     def radii(self) -> Tensor:
         """mu_c for each cluster (C,), fractions of ||Theta_c||_2."""
@@ -1027,6 +1091,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
                 "norm": torch.zeros((), device=device),
                 "seen": torch.zeros((), device=device),
             }
+            held["gradient_scale"] = 1.0
         region = held["region"]
         if region["centre"].device != device:
             # load_state_dict moves what belongs to a parameter only
@@ -1044,12 +1109,13 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         radius_scale: float = 1.0,
         cap: float = 1.0,
         keep_step: bool = False,
-        gradient_norm: Tensor | None = None,
+        gradient_norm: Tensor | float | None = None,
     ) -> float | None:
         """One step. lr_scale multiplies every group's rate, and radius_scale every region, for this
         step (a schedule's share of the learning rate belongs into both); cap, in (0, 1], cuts every
         proposal, decay included, to that share before its region is asked; keep_step remembers the
-        step for `slope`; gradient_norm spares its computation where the caller knows it.
+        step for `slope`; gradient_norm spares its computation where the caller knows it (as a
+        number the host knows it, too).
 
         A gradient that is not finite skips the step and leaves weights and running means alone.
         On a GPU the host never waits, so that only the count of steps, which the means are
@@ -1065,7 +1131,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         radius_scale: float,
         cap: float,
         keep_step: bool,
-        gradient_norm: Tensor | None,
+        gradient_norm: Tensor | float | None,
     ) -> float | None:
         """`step`, without the hooks that torch puts around a method of this name."""
         loss = None
@@ -1081,17 +1147,29 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if not live:
             return self._no_step(loss)
         _require_dense([p.grad for p, *_ in live if p.grad is not None])
+        for p, *_ in live:
+            if p in self.state and self.state[p]["mean"].shape != p.shape:
+                self.state[p].clear()  # resized in place, as transformers does
+        device = live[0][0].device
+        waits = device.type == "cpu" and not self.never_wait
         if gradient_norm is None or closure is not None:
-            gradient_norm = self.gradient_norm()
+            gradient_norm = self._known_norm() if waits else self.gradient_norm()
+        if isinstance(gradient_norm, Tensor):
+            unit = self._gradient_scale(float(gradient_norm) if waits else None)
+            gradient_norm = gradient_norm * unit if unit != 1 else gradient_norm
+        else:
+            unit = self._gradient_scale(gradient_norm)
+            if math.isfinite(gradient_norm):
+                gradient_norm = min(gradient_norm * unit, torch.finfo(torch.float32).max)
+            gradient_norm = torch.tensor(gradient_norm, dtype=torch.float32, device=device)
         finite = torch.isfinite(gradient_norm)
-        waits = finite.device.type == "cpu" and not self.never_wait
         if waits and not bool(finite):
             return self._no_step(loss)
         # Elsewhere the host does not wait for the answer: a step that must not happen has weight
         # zero in everything that it would touch.
         keep = None if waits else finite.float()
         share = self._spike_share(gradient_norm, finite, live[0][-1]["spike_limit"])
-        left = None if waits and float(share) == 1 else share
+        left = None if waits and float(share) == 1 and unit == 1 else share * unit
 
         buckets = self._buckets(live)
         live = [live[i] for indices in buckets for i in indices]
@@ -1112,13 +1190,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             moves.append((bucket, mine, d, scale))
             sizes.append(size)
 
-        device = layout.gains.device
-        norms = torch.stack([n.to(device) for n in torch._foreach_norm(params)]).float()
+        norms = torch.stack([n.to(device) for n in _norms(params)]).float()
         own = torch.maximum(norms / layout.sizes, layout.floors)
         length = layout.times(layout.gains, rates) * torch.where(layout.vectors, 1.0, own) * cap
-        if max(decays) > torch.finfo(torch.float32).eps / 2:  # less than rounding: nothing
+        decays = self._decays_due(params, decays)
+        if max(decays) > 0:
             share = layout.times(1 / length.clamp_min(1e-30), decays)
             for i, (bucket, mine, d, scale) in enumerate(moves):
+                if bucket.kind != "matrix" and not any(decays[mine]):
+                    continue
                 weights = bucket.gather(params[mine]).to(d.dtype)
                 part = share[mine].to(d.device) / scale
                 d.addcmul_(weights, bucket.column(part))
@@ -1133,6 +1213,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         cut = torch.ones_like(total)
         active = torch.zeros_like(moving)
         radii = (self.radii() * radius_scale).clamp(max=RADIUS_RANGE[1])
+        allowed = torch.full_like(total, math.inf)
         first = live[0][-1]
         if first["use_trust_region"]:
             # Rounding Theta + d to float32 moves Theta by up to 1e-7 of itself, and a proposal's
@@ -1146,9 +1227,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         if keep is not None:
             cut = cut * keep
         factor = -length * cut[layout.index]
+        bounds = proposed * length * (allowed / total.clamp_min(1e-30))[layout.index]
         for bucket, mine, d, scale in moves:
             f = bucket.column(factor[mine].to(d.device) * scale)
-            if bucket.alone and not keep_step:  # one pass over both
+            if bucket.params[0].dtype in _HALF:
+                bucket.move_half(d.mul_(f), bounds[mine])
+            elif bucket.alone and not keep_step:  # one pass over both
                 p = bucket.params[0]
                 p.addcmul_(d.to(p.dtype), f.to(p.dtype))
             else:
@@ -1208,7 +1292,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     def _layout(self, live: Sequence[_Live]) -> _Layout:
         """What stays while the same parameters have gradients: on the device, copied once."""
         count = len(self._region["centre"])
-        key = (count, [(id(p), cluster, kind) for p, cluster, kind, _ in live])
+        key = (count, [(id(p), p.shape, cluster, kind) for p, cluster, kind, _ in live])
         if self._cached is None or self._cached.key != key:
             gains = [
                 self.VECTOR_GAIN if kind == "vector" else self.RELATIVE_GAIN
@@ -1216,6 +1300,45 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             ]
             self._cached = _Layout(live, key, gains, count)
         return self._cached
+
+    def _gradient_scale(self, norm: float | None = None) -> float:
+        """What gradients are multiplied by before they are squared: 1 for ordinary ones, else a
+        power of two, which changes nothing else. norm: this gradient's, where the host knows it;
+        if gradients have left the range for good, or at the start, the scale follows."""
+        group = self.param_groups[0] if self.param_groups else {}
+        scale = group.get("gradient_scale", 1.0)
+        low, high = self.ORDINARY
+        if not norm or not math.isfinite(norm) or low <= norm * scale <= high:
+            return scale
+        region = self._region
+        level = float(region["norm"])
+        if float(region["seen"]) < self.SPIKELESS or group["spike_limit"] == math.inf or not level:
+            level = max(level, norm * scale)
+        found = min(max(scale * 2.0 ** -round(math.log2(level)), 2.0**-120), 2.0**120)
+        if low <= level <= high or found == scale:
+            return scale
+        ratio = found / scale
+        for state in self.state.values():
+            for name, power in self.SCALED:
+                for _ in range(abs(power) if name in state else 0):
+                    state[name].mul_(ratio if power > 0 else 1 / ratio).clamp_(-1e38, 1e38)
+        region["norm"].mul_(ratio)
+        group["gradient_scale"] = found
+        return found
+
+    def _decays_due(self, params: Sequence[Tensor], decays: list[float]) -> list[float]:
+        """Of the shares of weights that are to decay: those, or, where all are less than float32
+        rounds away, what they add up to once that is more than its rounding."""
+        eps = torch.finfo(torch.float32).eps
+        if max(decays) > eps / 2 or not any(decays):
+            return decays
+        due = []
+        for p, decay in zip(params, decays, strict=True):
+            state = self.state[p]
+            waiting = state.get("decay", 0.0) + decay
+            due.append(waiting if waiting > 16 * eps else 0.0)
+            state["decay"] = waiting - due[-1]
+        return due
 
     def _spike_share(self, norm: Tensor, finite: Tensor, limit: float) -> Tensor:
         """What is left of a gradient of this norm: 1, or less if it is too long. It joins the
@@ -1267,15 +1390,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         """(d, scale, size): the unit-scale direction of a bucket is d x scale (weights move
         against it), d of the bucket's shape; scale and size, the 2-norm of that, are
         (count,). Their product is left to the final update, which reads d anyway. keep: 0 where
-        the step must leave no trace, 1 otherwise; left: the share of the gradient that is trusted
-        (None: 1, and no time lost on it)."""
+        the step must leave no trace, 1 otherwise; left: the share of the gradient that is trusted,
+        times its scale (None: 1, and no time lost on it)."""
         group = bucket.group
-        g = bucket.gather([p.grad for p in bucket.params if p.grad is not None]).float()
+        g = bucket.gather([p.grad for p in bucket.params if p.grad is not None])
         if keep is not None:
             keep = keep.to(g.device)
             g = torch.where(keep > 0, g, 0.0)
-        if left is not None:
-            g = g * left.to(g.device)
+        g = g.float() if left is None else _scaled(g, left.to(g.device))
 
         def follow(name: str, x: Tensor, rate: float) -> Tensor:
             """The running mean that the states hold under this name, now that x has joined it."""
@@ -1590,10 +1712,19 @@ class HybridOptimizer(ConstrainedOptimizer):
     # An optimiser is copied and pickled by what torch names, plus this.
     _OWN = ("max_steps", "warmup_fraction", "guidance", "steps", "_moved", "_ending", "_loss",
             "_known_lr", "_peak", "_outer", "_scheduled", "_by_length")  # fmt: skip
+    _known_lr, steps = 0.0, 0  # before there are any
     _STATE_BYTES = 1 << 16  # always as many: a checkpoint is read into what a fresh optimiser holds
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{k: getattr(self, k) for k in self._OWN}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, at any time. Where the group says no weight_decay it is the usual one, or 0
+        if it holds vectors, too."""
+        super().add_param_group(_with_decay(param_group, self.defaults["weight_decay"]))
+        self._known_lr = max(self._known_lr, float(self.param_groups[-1]["lr"]))
+        if not self.steps:
+            self._peak = self._known_lr
 
     def observe(self, loss: Any) -> None:
         """Show the loss of the step to come; guidance works without. Where several processes train
@@ -1656,13 +1787,12 @@ class HybridOptimizer(ConstrainedOptimizer):
                 loss = closure()
             if loss is not None:
                 self.observe(loss)
-        norm = self.gradient_norm()
-        magnitude = float(norm)
+        magnitude = self._known_norm()
         share, course = self._course()
         step, guidance = self.steps, self.guidance
         self.steps += 1
         if not math.isfinite(magnitude) or not magnitude:
-            self._take(None, 0.0, 1.0, 1.0, False, norm)
+            self._take(None, 0.0, 1.0, 1.0, False, magnitude)
             return loss
         state = guidance.describe(self._loss, magnitude, 0, step)
         # Without a horizon guidance fades as the rate does.
@@ -1679,7 +1809,7 @@ class HybridOptimizer(ConstrainedOptimizer):
             group["guided_lr"] = factor * cap * float(group["lr"])
         learns = guidance.network is not None and share > 0 and step % 2 == 0
         measured = learns and left > 0
-        self._take(None, factor, share * 10.0**shift, cap, measured, norm)
+        self._take(None, factor, share * 10.0**shift, cap, measured, magnitude)
         self._moved += share > 0
         guidance.learn_from(
             self,
@@ -1728,9 +1858,11 @@ def _grouped(params: nn.Module | Iterable[Any], decay: float) -> list[dict[str, 
             raise TypeError("params: give a list of tensors, or a module, not one tensor")
         given = list(params)
         if given and isinstance(given[0], dict):
-            return [_with_decay(group, decay) for group in given]
+            return given
         if given and isinstance(given[0], Tensor):
             given = [("", p) for p in given]
+        if not all(isinstance(x, tuple) and isinstance(x[-1], Tensor) for x in given):
+            raise TypeError("params: give a module, tensors, pairs of name and tensor, or groups")
         named = [(n, p, _kind_by_name(n, p)) for n, p in given]
     if not any(p.requires_grad for _, p, _ in named):
         raise ValueError("params: nothing to train (an empty list, or a frozen model)")
@@ -1745,8 +1877,12 @@ def _grouped(params: nn.Module | Iterable[Any], decay: float) -> list[dict[str, 
 def _with_decay(group: dict[str, Any], decay: float) -> dict[str, Any]:
     """The caller's group; with the usual decay where it says none, unless it holds vectors, too."""
     params = group["params"]
-    group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
-    return {"weight_decay": decay if all(p.ndim > 1 for p in params) else 0.0, **group}
+    if isinstance(params, set):  # which torch refuses
+        return group
+    params = [params] if isinstance(params, Tensor) else list(params)
+    tensors = [p[1] if isinstance(p, tuple) else p for p in params]  # of named parameters
+    usual = decay if all(p.ndim > 1 for p in tensors) else 0.0
+    return {"weight_decay": usual, **group, "params": params}
 
 
 def _kind_by_name(name: str, p: Tensor) -> str:
@@ -1926,14 +2062,13 @@ class HybridOptimizationManager:
             elif trainable and all(p.grad is None for p in trainable):
                 raise ValueError("no parameter has a gradient; call loss.backward() first")
             self._bind(model)
-            norm = self.constrained_opt.gradient_norm()
+            magnitude = self.constrained_opt._known_norm()
         else:
-            norm = torch.as_tensor(gradients)
+            magnitude = float(torch.as_tensor(gradients))
         value = _plain(loss)
         several = isinstance(model, nn.parallel.DistributedDataParallel) and not advise
         if several:  # skip everywhere or nowhere
             (value,) = self._mean_over_ranks(model, [value])
-        magnitude = float(norm)
         if not math.isfinite(value) or not math.isfinite(magnitude):
             self.consecutive_skips += 1
             return self._record(value, 0.0, 1.0, 0.0, False, magnitude, 0.0, 1.0, skipped=True)
@@ -1972,7 +2107,7 @@ class HybridOptimizationManager:
             radius_scale=guidance.share * 10.0**shift,
             cap=cap,
             keep_step=measure,
-            gradient_norm=norm,
+            gradient_norm=magnitude,
         )
         guidance.learn_from(
             self.constrained_opt,
