@@ -13,9 +13,11 @@ import sys
 import torch
 
 import distillation
+from lowbit import console
 from lowbit.training import step as step_module
 from lowbit.training.run import Run
 
+console.WAIT = 3600.0  # on a machine that is busy, or not: stderr is the same
 folder, happens, *flags = sys.argv[1:]
 rank = int(os.environ["RANK"])
 again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"

@@ -49,7 +49,7 @@ def test_what_escapes_is_told(sound, monkeypatch, tmp_path) -> None:
     for body, told in (("1 / 0", "ZeroDivisionError"), ("while len(a) > 1: pass", "TooLong")):
         lines = f"    a = [1, 2]\n    def read(path):\n        {body}\n"
         broken = tmp_path / "broken.py"
-        broken.write_text(script.replace("    read(sound)", lines, 1))
+        broken.write_text(script.replace("    read(sound)  #", f"{lines}    #", 1))
         monkeypatch.setattr(fuzz_readers, "__file__", str(broken))
         found = fuzz_readers.attack("txt", sound["txt"], 0, 0, 2)
         assert [e[1].split(":")[0] for e in found["escapes"]] == [told] * 2
