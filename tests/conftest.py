@@ -19,6 +19,9 @@ if str(ROOT) not in sys.path:
 # Caches of the tests are theirs, in their processes, too.
 _CACHE = tempfile.TemporaryDirectory(prefix="apl-hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# Of several workers each has a core; so have the processes that they start.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -33,7 +36,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 console.WAIT = 3600.0  # on a machine that is busy, or not: stderr is the same
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(THREADS)
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
 

