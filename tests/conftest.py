@@ -41,6 +41,9 @@ settings.register_profile("tests", deadline=None, derandomize=True, max_examples
 settings.load_profile("tests")
 
 
+pytest_plugins = ["packing", "resuming"]  # fixtures that two files share
+
+
 @pytest.fixture(autouse=True)
 def _keep_denormals() -> Iterator[None]:
     """A run flushes denormals for the whole process; tests start and end without."""
