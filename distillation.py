@@ -40,7 +40,7 @@ from lowbit.files.gguf_file import check_exportable
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.files.saved_run import Checkpoints, Saved, locked
 from lowbit.generate import generate
-from lowbit.logs import LogOf, check, new_id
+from lowbit.logs import LogOf, new_id, require_logs
 from lowbit.models.decoder import CausalLM
 from lowbit.models.student import make_student
 from lowbit.models.teacher import load_teacher
@@ -101,7 +101,7 @@ def set_up(
     """Load and make what a run needs. claim: called when the output folder is there and before
     anything is written to it; calibrates: False where the student's weights are to be loaded;
     world: the processes that do the same."""
-    check(o)
+    require_logs(o)
     device = world.device(choose_device(o.device))
     torch.manual_seed(o.seed)
     if device.type == "cpu":
@@ -223,6 +223,14 @@ def train(
     return run.rows, summary
 
 
+def final_reference(s: Setup) -> Reference:
+    """The teacher on the held-out windows that a finished student is measured on."""
+    windows = pick_windows(
+        s.corpus.validation, math.ceil(s.options.final_tokens / s.options.seq_len)
+    )
+    return Reference(s.teacher, windows, s.device, s.dtype)
+
+
 def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> UserError | None:
     """Write the student's files, then measure the quantised student as read back from its file.
     Returns why its export failed, where all else is written."""
@@ -230,8 +238,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
     s.student.zero_grad(set_to_none=True)
     gc.collect()  # moments, which cycles hold: files need the memory
     paths = output_paths(o, s.student)
-    windows = pick_windows(s.corpus.validation, math.ceil(o.final_tokens / o.seq_len))
-    reference = Reference(s.teacher, windows, s.device, s.dtype)
+    reference = final_reference(s)
     with latent(s.student):
         full = reference.validate(s.student)
     vocabulary = s.tokenizer.describe()
@@ -275,7 +282,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
     def share(x: Validation) -> str:
         return f"{100 * (x.loss / teacher - 1):+.1f}% against the teacher"
 
-    measured_on = f"{len(windows)} windows of {o.seq_len} held-out {unit}s"
+    measured_on = f"{len(reference.windows)} windows of {o.seq_len} held-out {unit}s"
     if isinstance(student, TransformersLM):
         losses = {
             "teacher": f"{teacher:.4f}",
@@ -300,7 +307,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
         student_error=quantized.error,
         student_kl=quantized.kl,
         latent_loss=full.loss,
-        windows=len(windows),
+        windows=len(reference.windows),
         packed_bytes=size.file_bytes,
         float32_bytes=size.float32_bytes,
         linear_bits=size.linear_bits,

@@ -859,12 +859,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     metric_decay (of entries' squares), matrix_metric_decay, weight_decay (decoupled; below 6e-8 of
     a weight a step it waits until it adds up to 2e-6), compensated, use_matrix_geometry,
     refresh_every (steps between roots, in the end: at step t at most 2 + t / SETTLED), damping (of
-    the mean eigenvalue), largest_block,
-    product_dtype (of the metric's products; None: bfloat16 where `native_bfloat16`, else float32),
-    kind, clusters (one integer a parameter). What regions do (use_trust_region, adapt_radius,
-    active_share) and spike_limit are read from the first group that has a gradient. A parameter
-    that was resized in place starts anew. Raises ValueError for options that make no sense,
-    RuntimeError for sparse or complex gradients and sharded parameters.
+    the mean eigenvalue), largest_block, product_dtype (of the metric's products; None: bfloat16
+    where `native_bfloat16`, else float32), kind, clusters (one integer a parameter). What regions
+    do (use_trust_region, adapt_radius, active_share) and spike_limit are read from the first group
+    that has a gradient. A parameter that was resized in place starts anew. Raises ValueError for
+    options that make no sense, RuntimeError for sparse or complex gradients and sharded parameters.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre

@@ -12,6 +12,7 @@ EXTRAS = {
     "plot": "matplotlib",
     "hf": "transformers tokenizers safetensors",
     "gguf": "transformers tokenizers safetensors gguf accelerate",
+    "compressed": "transformers tokenizers safetensors compressed-tensors",
     "parquet": "pyarrow",
     "chat": "xllamacpp",
     "bench": "matplotlib schedulefree prodigyopt",

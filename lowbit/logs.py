@@ -36,7 +36,7 @@ def new_id(saved: Any = None) -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def check(o: argparse.Namespace) -> None:
+def require_logs(o: argparse.Namespace) -> None:
     """UserError where a library is missing."""
     for name in o.log_to:
         if name in LOGS:

@@ -27,32 +27,31 @@ def main() -> None:
     starts = {r["flags"]: r["loss"] for r in read("smollm2_starts")["starts"]}
     printed = json.loads((HERE / "runs.jsonl").read_text().splitlines()[0])["printed"]
     float32 = float(re.search(r"packed, (\S+) in float32", printed)[1].replace(",", ""))
-    panels = {
-        "Size, MB": {
+    panels: dict[str, tuple[int, dict[str, float]]] = {  # decimals, bars
+        "Size, MB": (1, {
             "float32": float32 / 1e6,
             "the original in 4 bits": TEACHER_BYTES / 1e6,
             "student, GGUF": gguf / 1e6,
             "student, packed": run["file_bytes"] / 1e6,
-        },
-        "Tokens a second in llama.cpp": {
+        }),
+        "Tokens a second in llama.cpp": (1, {
             "float32": speed["f32"],
             "student, GGUF": speed["q4_0"],
-        },
-        "Loss, nats a token": {
+        }),
+        "Loss, nats a token": (2, {
             "the original": run["teacher"],
             "rounded": starts["--calibrate=false"],
             "calibrated": starts["--calibrate"],
             "trained": run["loss"],
-        },
-    }
+        }),
+    }  # fmt: skip
     figure = Figure(figsize=(10, 2.3), layout="constrained")
-    for ax, (title, bars) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for ax, (title, (digits, bars)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         names, values = list(bars), list(bars.values())
         original = [n in ("float32", "the original") for n in names]
         good = [n == "trained" or n.startswith("student") for n in names]
         colours = [INK if o else STRONG if g else PALE for o, g in zip(original, good, strict=True)]
         drawn = ax.barh(names, values, color=colours, height=0.62)
-        digits = {"Size": 1, "Toke": 1, "Loss": 2}[title[:4]]
         ax.bar_label(drawn, [f"{v:.{digits}f}" for v in values], padding=3, color=INK)
         ax.set_ylim(-0.6, 3.6)
         ax.set_xlim(0, 1.18 * max(values))

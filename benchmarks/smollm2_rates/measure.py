@@ -25,7 +25,6 @@ import distillation  # noqa: E402
 from lowbit.options import parse_options  # noqa: E402
 from lowbit.training.preparation import settle  # noqa: E402
 from lowbit.training.step import Setup  # noqa: E402
-from lowbit.training.validation import Reference, pick_windows  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 
 COMMON = "--ternary --qat --teacher smollm2"
@@ -50,11 +49,7 @@ class Runs:
     def prepare(self) -> Setup:
         if self.start is None:
             self.start = distillation.set_up(parse_options(f"{COMMON} --hybrid".split()), print)
-            count = self.start.options.final_tokens // self.start.options.seq_len
-            windows = pick_windows(self.start.corpus.validation, count)
-            self.reference = Reference(
-                self.start.teacher, windows, self.start.device, self.start.dtype
-            )
+            self.reference = distillation.final_reference(self.start)
             self.before = self.reference.validate(self.start.student)
         return self.start
 

@@ -17,7 +17,6 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 import distillation  # noqa: E402
 from lowbit.options import parse_options  # noqa: E402
-from lowbit.training.validation import Reference, pick_windows  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 
 COMMON = "--hybrid --ternary --qat --teacher smollm2"
@@ -30,12 +29,11 @@ def main() -> None:
             continue
         began = time.perf_counter()
         s = distillation.set_up(parse_options(f"{COMMON} {flags}".split()))
-        windows = pick_windows(s.corpus.validation, s.options.final_tokens // s.options.seq_len)
-        reference = Reference(s.teacher, windows, s.device, s.dtype)
+        reference = distillation.final_reference(s)
         found = reference.validate(s.student)
         record = {
             "flags": flags,
-            "windows": len(windows),
+            "windows": len(reference.windows),
             "teacher": reference.teacher_loss,
             "loss": found.loss,
             "loss_error": found.error,
