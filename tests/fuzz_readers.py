@@ -35,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 5  # of the processor, an input
 MEMORY = 2 << 30  # beyond what the process holds before the first input
+PARQUET_MEMORY = 3 << 30  # a page may declare 2 GiB, which pyarrow asks for before it looks
 SLOW = ("gguf", "folder", "packed_tokens", "float32", "packed", "parquet")  # in milliseconds
 FEWEST = 5000  # inputs of each slow kind, in a run that has as many for every kind
 SHARED_MEMORY = Path("/dev/shm")
@@ -256,9 +257,10 @@ def prepare() -> None:
         gguf.get_tensor_name_map = functools.lru_cache(8)(gguf.get_tensor_name_map)
 
 
-def limit_memory() -> None:
+def limit_memory(kind: str) -> None:
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+    limit = held + (PARQUET_MEMORY if kind == "parquet" else MEMORY)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def starved(error: BaseException | None) -> bool:
@@ -285,7 +287,7 @@ def replay(name: str) -> None:
         target = Path(folder, "damaged")
         target.mkdir()
         path = write_damaged(sound, target, random.Random(f"{kind} {int(seed)} {int(number)}"))
-        limit_memory()
+        limit_memory(kind)
         faulthandler.dump_traceback_later(SECONDS)
         started = time.perf_counter()
         try:
@@ -305,7 +307,7 @@ def child(kind: str, sound: Path, seed: int, first: int, count: int, seconds: fl
     read = reader(kind)
     prepare()
     read(sound)  # what it imports and allocates once
-    limit_memory()
+    limit_memory(kind)
 
     def stop(*_: object) -> None:
         raise TooLong
@@ -376,6 +378,23 @@ def attack(
     return found
 
 
+def summary(log: Path) -> dict[str, Any]:
+    """A log's rows, added up over each kind."""
+    from studies.bench import machine
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    kinds: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        of_kind = kinds.setdefault(row["kind"], {})
+        for key in ("inputs", "refused", "read"):
+            of_kind[key] = of_kind.get(key, 0) + row[key]
+        of_kind["escapes"] = of_kind.get("escapes", 0) + len(row["escapes"])
+        for key in ("slowest_seconds", "peak_bytes"):
+            of_kind[key] = max(of_kind.get(key, 0), row[key])
+    total = {key: sum(k[key] for k in kinds.values()) for key in ("inputs", "escapes")}
+    return {**total, "kinds": kinds, **machine(), "commits": sorted({r["commit"] for r in rows})}
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         kind, sound, *numbers = sys.argv[2:]
@@ -385,7 +404,9 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=10_000, help="in all")
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log", type=Path, help="a .jsonl file")
+    parser.add_argument(
+        "--log", type=Path, help="a .jsonl file; its sums go to summary.json beside it"
+    )
     parser.add_argument("--only", metavar="KIND:SEED:NUMBER", help="read this input alone")
     o = parser.parse_args()
     if o.only:
@@ -393,8 +414,6 @@ def main() -> None:
         return
     with working_folder() as folder:
         sound = make_sound(Path(folder))
-        from studies.bench import machine
-
         ends = time.monotonic() + 60 * o.minutes
         # Slow ones first: the others share what is left of inputs and of time.
         kinds = sorted(sound, key=lambda kind: (*SLOW, kind).index(kind))
@@ -410,8 +429,14 @@ def main() -> None:
             for escape in found["escapes"][:20]:
                 print("   ", *escape, flush=True)
             if o.log:
+                from studies.bench import machine
+
                 with o.log.open("a") as f:
                     f.write(json.dumps({**found, **machine()}) + "\n")
+
+    if o.log:
+        sums = json.dumps(summary(o.log), indent=1)
+        (o.log.parent / "summary.json").write_text(sums + "\n")
 
 
 if __name__ == "__main__":

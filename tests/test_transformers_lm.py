@@ -411,6 +411,41 @@ def test_a_gguf_file_cut_off(tmp_path, capsys):
     assert "tiny.gguf" in refusal(capsys, path)
 
 
+def test_a_gguf_array_longer_than_its_file(tmp_path, capsys):
+    """Refused at once; the library would count to 2^40."""
+    import gguf
+
+    path = write_gguf(tmp_path / "t.gguf", layers=1)
+    reader = gguf.GGUFReader(path)
+    length = reader.fields["tokenizer.ggml.tokens"].parts[4]
+    at = length.ctypes.data - reader.data.ctypes.data
+    raw = bytearray(path.read_bytes())
+    assert int.from_bytes(raw[at : at + 8], "little") == int(length[0]) == 300
+    raw[at : at + 8] = (1 << 40).to_bytes(8, "little")
+    (tmp_path / "long.gguf").write_bytes(raw)
+    assert "damaged, cut off, or no GGUF" in refusal(capsys, tmp_path / "long.gguf")
+
+
+def test_a_tokenizer_at_which_rust_panics(llama, capsys, monkeypatch):
+    """Its panic is no Exception."""
+    import transformers
+
+    class PanicException(BaseException):
+        pass
+
+    for error, told in ((PanicException("range end"), True), (KeyboardInterrupt(), False)):
+
+        def fail(*_: object, error: BaseException = error, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+        if told:
+            assert "no tokenizer" in refusal(capsys, llama)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                load_teacher(str(llama))
+
+
 @pytest.mark.parametrize("form", ["gguf", "folder", "npz"])
 def test_more_layers_than_tensors(tmp_path, monkeypatch, form):
     """Refused before the library builds them, which takes a minute and more."""

@@ -206,13 +206,27 @@ def check_folder(folder: Path) -> int:
     return sum(map(math.prod, shapes))
 
 
+def whole_reader(gguf: Any) -> Any:
+    """Its reader, for files of strangers: the package takes what is beyond the end of a file for
+    empty, so that an array of 2^63 entries would be counted to its end."""
+
+    class Whole(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) < count:
+                raise ValueError("it ends early")
+            return found
+
+    return Whole
+
+
 def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
     """A GGUF file of an architecture that transformers reads; quantised types are dequantised."""
     gguf = require("gguf", "gguf")
     transformers = require("transformers", "gguf")
     require("accelerate", "gguf")  # transformers asks for it, late
     try:
-        reader = gguf.GGUFReader(path)
+        reader = whole_reader(gguf)(path)
         kind, pre = (
             bytes(field.parts[-1]).decode() if (field := reader.get_field(key)) else None
             for key in ("general.architecture", "tokenizer.ggml.pre")

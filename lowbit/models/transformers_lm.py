@@ -42,7 +42,9 @@ def load_tokenizer(folder: Any) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as e:  # the library raises many types
+    except BaseException as e:  # the library raises many types, Rust's panic none of Exception's
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
         raise UserError(
             f"--teacher: {folder} has no tokenizer that transformers can load; copy its "
             "tokenizer.json and tokenizer_config.json there"

@@ -177,7 +177,7 @@ def _read_file(name: str, path: Path) -> Iterator[Document]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise UserError(f"--data: {path} is damaged, or no gzip file") from e
     except OSError as e:
-        raise UserError(f"--data: cannot read {path}: {e.strerror}") from e
+        raise UserError(f"--data: cannot read {path}: {e.strerror or first_line(e)}") from e
 
 
 def _text(path: Path, raw: bytes) -> str:
