@@ -149,7 +149,7 @@ def run_once(
         return {**result, "final_loss": math.inf, "final_kl": math.inf, "curve": []}
     seconds = time.perf_counter() - started - waited
     column = "val_loss_quantized" if setup.options.qat else "val_loss"
-    windows = validation.pick_windows(setup.corpus.validation, EVALUATION_WINDOWS)
+    windows = setup.corpus.held_out(EVALUATION_WINDOWS)
     reference = teacher_on(setup, windows)
     final = reference.validate(setup.student)
     finite = math.isfinite(final.loss)

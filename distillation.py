@@ -58,7 +58,7 @@ from lowbit.report import (
 )
 from lowbit.signals import Stop, Stopped
 from lowbit.text.corpus import Corpus, load_corpus
-from lowbit.text.tokenizers import TeacherTokenizer
+from lowbit.text.tokenizers import TeacherTokenizer, opened
 from lowbit.training.parallel import ALONE, Lost, World
 from lowbit.training.preparation import (
     calibrate_student,
@@ -82,7 +82,7 @@ from lowbit.training.resume import (
 )
 from lowbit.training.run import Run
 from lowbit.training.step import Setup
-from lowbit.training.validation import Reference, Validation, pick_windows
+from lowbit.training.validation import Reference, Validation
 
 SAMPLE_PROMPT = {"byte": "Return the ", "token": "Return the"}
 SAMPLE_TOKENS = {"byte": 200, "token": 60}
@@ -225,9 +225,7 @@ def train(
 
 def final_reference(s: Setup) -> Reference:
     """The teacher on the held-out windows that a finished student is measured on."""
-    windows = pick_windows(
-        s.corpus.validation, math.ceil(s.options.final_tokens / s.options.seq_len)
-    )
+    windows = s.corpus.held_out(math.ceil(s.options.final_tokens / s.options.seq_len))
     return Reference(s.teacher, windows, s.device, s.dtype)
 
 
@@ -326,7 +324,7 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
         )
         say(f"Stored as: {'; '.join(parts)}; {held}{first} + {last} blocks")
     prompt = SAMPLE_PROMPT[unit]
-    ids = generate(student, s.tokenizer.encode(prompt), SAMPLE_TOKENS[unit], seed=o.seed)
+    ids = generate(student, opened(s.tokenizer, prompt), SAMPLE_TOKENS[unit], seed=o.seed)
     say(f"Sample: {prompt}{s.tokenizer.decode(ids)}")
     say(
         f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} {unit}s, "

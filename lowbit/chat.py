@@ -24,7 +24,7 @@ from lowbit.generate import MOST_LIKELY, stream
 from lowbit.models.interface import LanguageModel
 from lowbit.models.teacher import load_teacher
 from lowbit.options import COUNT, Parser, number, words
-from lowbit.text.tokenizers import Message, TeacherTokenizer, Tokenizer, end_ids
+from lowbit.text.tokenizers import Message, TeacherTokenizer, Tokenizer, end_ids, opened
 
 CONTEXT = 4096  # tokens of a conversation, at most, in llama.cpp
 TOP_K = 40
@@ -104,7 +104,7 @@ class Torch:
                 text = self.tokenizer.rendered(messages, ask=True)
             except Exception as e:
                 raise UserError(f"the chat template refuses this: {first_line(e)}") from e
-        return [int(i) for i in self.tokenizer.encode(text)]
+        return opened(self.tokenizer, text)
 
     def answer(
         self, messages: Sequence[Message], o: argparse.Namespace, say: Callable[[str], bool]

@@ -14,6 +14,7 @@ from lowbit.console import Printer
 from lowbit.models.interface import LanguageModel
 from lowbit.models.teacher import load_teacher
 from lowbit.options import COUNT, Parser, number, words
+from lowbit.text.tokenizers import opened
 
 MOST_LIKELY = 1e-6  # temperatures below it take the most likely token; quotients would overflow
 
@@ -60,7 +61,7 @@ def stream(
 
 def generate(
     model: LanguageModel,
-    prompt: np.ndarray,
+    prompt: Sequence[int] | np.ndarray,
     count: int,
     *,
     temperature: float = 0.7,
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         return e.tell()
     ids = generate(
         model,
-        tokenizer.encode(args.prompt),
+        opened(tokenizer, args.prompt),
         args.tokens,
         temperature=args.temperature,
         seed=args.seed,

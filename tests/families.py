@@ -47,10 +47,11 @@ def tiny_net(kind: str, **changes: Any) -> Any:
     return net.eval()
 
 
-def tiny_tokenizer(size: int = 300) -> Any:
-    """Byte-level BPE with two special tokens and a chat template."""
+def tiny_tokenizer(size: int = 300, opens: bool = False) -> Any:
+    """Byte-level BPE with two special tokens and a chat template. opens: it puts the first of them
+    before a text."""
     from conftest import make_text
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -63,6 +64,10 @@ def tiny_tokenizer(size: int = 300) -> Any:
         show_progress=False,
     )
     tokenizer.train_from_iterator([make_text(4000)], trainer)
+    if opens:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 0)]
+        )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
     )
@@ -78,10 +83,14 @@ def tiny_folder(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 def write_gguf(
-    path: Path, quantization: str = "Q8_0", layers: int = 3, says: int | None = None
+    path: Path,
+    quantization: str = "Q8_0",
+    layers: int = 3,
+    says: int | None = None,
+    opens: bool | None = None,
 ) -> Path:
     """A tiny Llama as GGUF, written with the format's own library. says: how many layers it claims
-    to have."""
+    to have; opens: what it says of a token before every text."""
     import gguf
 
     net = tiny_net("llama", vocab_size=300, num_hidden_layers=layers)
@@ -107,6 +116,8 @@ def write_gguf(
     writer.add_token_merges([" ".join(m) for m in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
+    if opens is not None:
+        writer.add_add_bos_token(opens)
     names = {
         "model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight",
     }  # fmt: skip

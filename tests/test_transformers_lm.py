@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, make_text
 from families import CHAT, FAMILIES, SHAPE, tiny_folder, tiny_net, tiny_tokenizer, write_gguf
 
 import distillation
@@ -444,6 +444,47 @@ def test_a_tokenizer_at_which_rust_panics(llama, capsys, monkeypatch):
         else:
             with pytest.raises(KeyboardInterrupt):
                 load_teacher(str(llama))
+
+
+@pytest.mark.parametrize("form", ["gguf", "folder"])
+def test_a_text_begins_as_the_teacher_was_trained(tmp_path, form):
+    """Windows, prompts and what the teacher writes have its beginning of text, and files tell."""
+    from lowbit.text.corpus import load_corpus
+    from lowbit.text.self_written import written_by
+    from lowbit.text.tokenizers import opened
+
+    if form == "gguf":
+        path = write_gguf(tmp_path / "t.gguf", layers=1, opens=True)
+    else:
+        path = tiny_folder(tmp_path / "hf", "llama", num_hidden_layers=1)
+        tiny_tokenizer(opens=True).save_pretrained(path)
+    teacher, tokenizer = load_teacher(str(path))
+    assert tokenizer.opening == 0
+    plain = tokenizer.encode("The end").tolist()
+    assert opened(tokenizer, "The end") == [0, *plain] == opened(tokenizer, "<s>The end")
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text(make_text(9000))
+    corpus = load_corpus([str(texts)], 32, tokenizer)
+    taken, held = corpus.take(np.array([3, 1])), corpus.held_out(2)
+    assert (taken[:, 0] == 0).all()
+    assert (held[:, 0] == 0).all()
+    assert np.array_equal(taken[:, 1:], corpus.train[[3, 1], 1:])
+    assert np.array_equal(held[-1, 1:], corpus.validation[-1, 1:])
+    assert corpus.train[1, 0] == corpus.train[0, -1] != 0
+
+    save_packed(tmp_path / "s.npz", quantize_model(clone(teacher), "ternary"), tokenizer.describe())
+    assert tokenizer_from(load_packed(tmp_path / "s.npz")[1]).opening == 0
+    first = written_by(teacher, tokenizer, 100, 5).read_text().splitlines()[0]
+    assert json.loads(first)["text"].startswith("<s>")
+
+
+def test_a_text_begins_with_nothing_else():
+    from lowbit.text.tokenizers import ByteTokenizer, TeacherTokenizer, opened
+
+    for tokenizer in (ByteTokenizer(), TeacherTokenizer(tiny_tokenizer(), 320)):
+        assert tokenizer.opening is None
+        assert opened(tokenizer, "The end") == tokenizer.encode("The end").tolist()
 
 
 @pytest.mark.parametrize("form", ["gguf", "folder", "npz"])

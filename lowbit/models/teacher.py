@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowbit import UserError, first_line
@@ -33,7 +34,7 @@ from lowbit.models.transformers_lm import (
     refuse_weights,
 )
 from lowbit.text import pre_tokenizers
-from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, tokenizer_from
+from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, opening_of, tokenizer_from
 
 
 def embedded_teacher() -> Path:
@@ -207,10 +208,19 @@ def check_folder(folder: Path) -> int:
 
 
 def whole_reader(gguf: Any) -> Any:
-    """Its reader, for files of strangers: the package takes what is beyond the end of a file for
-    empty, so that an array of 2^63 entries would be counted to its end."""
+    """The package's reader, for files of strangers and large vocabularies. What is beyond the end
+    of a file the package takes for empty, so that it would count an array of 2^63 entries to its
+    end. Slices of a plain array take a third of the time of a memmap's."""
 
     class Whole(gguf.GGUFReader):
+        @property
+        def data(self) -> Any:
+            return self._data
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._data = mapped.view(np.ndarray)
+
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             found = super()._get(offset, dtype, count, override_order)
             if len(found) < count:
@@ -218,6 +228,18 @@ def whole_reader(gguf: Any) -> Any:
             return found
 
     return Whole
+
+
+@contextmanager
+def read_once(gguf: Any, reader: Any) -> Iterator[None]:
+    """Inside, transformers, which would read the file for the configuration, the weights and the
+    tokenizer each, gets what was read."""
+    kept = gguf.GGUFReader
+    gguf.GGUFReader = lambda *_: reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = kept
 
 
 def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
@@ -231,6 +253,8 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
             bytes(field.parts[-1]).decode() if (field := reader.get_field(key)) else None
             for key in ("general.architecture", "tokenizer.ggml.pre")
         )
+        opens = reader.get_field("tokenizer.ggml.add_bos_token")
+        says_opening = None if opens is None else bool(opens.contents())
         layers = [
             field.contents() for key, field in reader.fields.items() if key.endswith(".block_count")
         ]
@@ -244,8 +268,7 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
         raise UserError(f"--teacher: {path} is cut off: it ends before its tensors do")
     for count in layers:  # the library reads that of any architecture
         refuse_layers(count, len(sizes), f"--teacher: {path}")
-    del reader
-    with quietly():
+    with quietly(), read_once(gguf, reader):
         try:
             config = transformers.AutoConfig.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True
@@ -267,6 +290,9 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
             raise UserError(
                 f"--teacher: {path} (architecture {kind}) cannot be loaded: {first_line(e)}"
             ) from e
+        has_opening = opening_of(wrapped) is not None
+        if says_opening not in (None, has_opening) and wrapped.bos_token_id is not None:
+            wrapped.add_bos_token = says_opening  # which transformers does not read, either
         if pre in pre_tokenizers.KNOWN and wrapped.is_fast:  # which transformers does not read
             wrapped.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(pre)
         # It is float now; that it once was quantised would keep it from being saved.

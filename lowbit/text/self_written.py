@@ -1,7 +1,8 @@
 """Text that a teacher writes itself, for users who have none (LLM-QAT, arXiv 2305.17888).
 
 A chat model is given its template up to where the user would speak, writes the question and then
-the answer (Magpie, arXiv 2406.08464); any other model goes on from a random first token. Documents
+the answer (Magpie, arXiv 2406.08464); any other model goes on from its opening, or from a random
+first token where it has none. Documents
 are sampled from the whole distribution at temperature 1, and end where the model ends them. They
 are lines of a .jsonl file, appended batch by batch: an interrupted run goes on where it stopped.
 """
@@ -20,7 +21,7 @@ from lowbit import UserError
 from lowbit.files.atomic import prepare_folder
 from lowbit.models.interface import LanguageModel
 from lowbit.text.documents import cache_folder, process_folder
-from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, end_ids
+from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, end_ids, opened
 
 BATCH = 32  # documents at a time
 LENGTH = 512  # tokens of a document, at most
@@ -41,7 +42,7 @@ def chat_turns(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     marks = [i for i, token in enumerate(then) if token in end_ids(tokenizer)]
     if not found or not before or not marks:
         return [], []
-    return [int(i) for i in tokenizer.encode(before)], then[marks[0] + 1 :]
+    return opened(tokenizer, before), then[marks[0] + 1 :]
 
 
 def cached_path(model: LanguageModel, seed: int) -> Path:
@@ -61,6 +62,8 @@ def write_batch(
     opening, between = chat_turns(tokenizer)
     if opening:
         ids = torch.tensor([opening] * BATCH)
+    elif tokenizer.opening is not None:
+        ids = torch.full((BATCH, 1), tokenizer.opening)
     else:
         ids = torch.randint(model.vocab_size, (BATCH, 1), generator=generator)
     length = min(LENGTH, model.max_positions)

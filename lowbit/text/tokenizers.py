@@ -24,6 +24,10 @@ class Tokenizer(Protocol):
     vocab_size: int
     unit: str  # what a token is called in a sentence: "byte", "token"
 
+    @property
+    def opening(self) -> int | None:
+        """The id with which every text began that the model was trained on."""
+
     def encode(self, text: str) -> np.ndarray:
         """Text to ids, unsigned integers (n,)."""
 
@@ -47,6 +51,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 256
     unit = "byte"
+    opening: int | None = None
 
     def encode(self, text: str) -> np.ndarray:
         """Text to ids: uint8 array of shape (number of UTF-8 bytes,)."""
@@ -69,8 +74,8 @@ class ByteTokenizer:
 class TeacherTokenizer:
     """A teacher's own tokenizer, as `transformers` loaded it.
 
-    Text is encoded as it is, without special tokens; which there are, and the chat template, come
-    along in `describe`.
+    Text is encoded as it is, without special tokens (`opened` and `Corpus` put the opening where it
+    belongs); which there are, and the chat template, come along in `describe`.
     """
 
     name = "transformers"
@@ -127,6 +132,11 @@ class TeacherTokenizer:
             counted |= (start <= starts) & (starts < end)
         return np.where(counted, ids, ids | UNCOUNTED)
 
+    @cached_property
+    def opening(self) -> int | None:
+        bos = opening_of(self.wrapped)
+        return bos if bos is not None and bos < self.vocab_size else None
+
     @property
     def has_template(self) -> bool:
         return bool(self.wrapped.chat_template)
@@ -181,6 +191,19 @@ class TeacherTokenizer:
     def describe(self) -> dict[str, Any]:
         """With the text of the files that the library saves a tokenizer as."""
         return {"name": self.name, "vocab_size": self.vocab_size, "files": saved_files(self)}
+
+
+def opening_of(wrapped: Any) -> int | None:
+    """The beginning of text that a tokenizer of transformers puts before a text by itself."""
+    ids, bos = wrapped("a", verbose=False)["input_ids"], wrapped.bos_token_id
+    return bos if ids[:1] == [bos] else None
+
+
+def opened(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that a model is to go on from, with its opening."""
+    ids = [int(i) for i in tokenizer.encode(text)]
+    first = tokenizer.opening
+    return ids if first is None or ids[:1] == [first] else [first, *ids]
 
 
 def end_ids(tokenizer: Tokenizer) -> set[int]:

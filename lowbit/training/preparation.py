@@ -119,7 +119,7 @@ def calibrate_student(
     """Round a student that holds the original's weights, by windows of the seed's choice."""
     device = student.embedding.weight.device
     order = np.random.default_rng(o.seed).permutation(len(corpus.train))
-    windows = corpus.train[order[: math.ceil(o.calibration_tokens / o.seq_len)]]
+    windows = corpus.take(order[: math.ceil(o.calibration_tokens / o.seq_len)])
     ids = batch_of(windows, device)[0]
     batches = [*ids.split(CALIBRATION_BATCH)]
     large = isinstance(student, TransformersLM)
@@ -190,7 +190,7 @@ def plan(
         )
     )
 
-    ids = batch_of(corpus.train[: o.micro_batch_size], device)[0]
+    ids = batch_of(corpus.take(slice(o.micro_batch_size)), device)[0]
     with Waiting("Measuring what a pass takes"), autocast(device, dtype):
         second = seconds_a_token(teacher, ids)
     windows_in_all = o.epochs * (o.samples_per_epoch or len(corpus.train))

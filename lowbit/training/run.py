@@ -22,7 +22,7 @@ from lowbit.text.sampler import StratifiedSampler
 from lowbit.training.baselines import Baseline
 from lowbit.training.resume import as_tensors
 from lowbit.training.step import Setup, StepResult, make_manager, make_step, quant_strength
-from lowbit.training.validation import Best, Reference, pick_windows
+from lowbit.training.validation import Best, Reference
 
 
 class Run:
@@ -56,7 +56,7 @@ class Run:
                 parts += " and auxiliary NN guidance" if parts else " with auxiliary NN guidance"
             say(f"Initialized hybrid optimization{parts}")
 
-        quick = pick_windows(s.corpus.validation, math.ceil(o.quick_tokens / o.seq_len))
+        quick = s.corpus.held_out(math.ceil(o.quick_tokens / o.seq_len))
         self.start = math.nan
         with Waiting("Validating teacher and student"):
             self.reference = Reference(s.teacher, quick, s.device, s.dtype, s.world)

@@ -153,7 +153,7 @@ def make_step(
 
     def step(t: int, indices: np.ndarray) -> StepResult:
         started = time.perf_counter()
-        windows = s.corpus.train[indices]
+        windows = s.corpus.take(indices)
         counts = counted_tokens(windows)
         share = counts / max(1, counts.sum())  # every counted token weighs the same
         weights = share.copy()

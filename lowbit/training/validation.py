@@ -42,13 +42,6 @@ def counted_tokens(windows: np.ndarray) -> np.ndarray:
     return (windows[:, 1:] < UNCOUNTED).sum(1)
 
 
-def pick_windows(windows: np.ndarray, count: int) -> np.ndarray:
-    """At most ``count`` windows, spread evenly."""
-    if len(windows) <= count:
-        return windows
-    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
-
-
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
     """The context in which models compute; None: float32."""
     return torch.autocast(device.type, dtype) if dtype is not None else nullcontext()
