@@ -194,7 +194,7 @@ class Head(LanguageModel):
     def __init__(self, vocabulary: int, size: int, cap: float, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.vocab_size, self.cap, self.asked = vocabulary, cap, []
+        self.vocab_size, self.cap, self.asked, self.seen = vocabulary, cap, [], []
         self.layer = nn.Linear(size, vocabulary)
         with torch.no_grad():
             for p in self.layer.parameters():
@@ -205,6 +205,7 @@ class Head(LanguageModel):
 
     def logits(self, x, weight, bias):
         self.asked.append(x.numel() // x.size(-1))
+        self.seen.append(weight)
         return torch.tanh(super().logits(x, weight, bias) / self.cap) * self.cap
 
 
@@ -233,6 +234,33 @@ def test_the_objective_in_chunks_is_the_objective(monkeypatch, alpha, temperatur
     (3.0 * objective).backward()
     assert torch.allclose(total.double(), objective, **CLOSE)
     assert_same(student, final, ce, kl, exact, x, ce64, kl64)
+
+
+def test_heads_are_cast_for_all_chunks_at_once(monkeypatch):
+    """Under autocast, with the values and gradients of a cast for every chunk."""
+    b, t, c, v = 2, 6, 5, 40
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * v)
+    generator = torch.Generator().manual_seed(2)
+    final, target = torch.randn(2, b, t, c, generator=generator)
+    labels = torch.randint(0, v, (b, t), generator=generator)
+    found, once = [], losses.multiplied
+    for cast in (once, lambda weight, bias: (weight, bias)):
+        monkeypatch.setattr(losses, "multiplied", cast)
+        student, teacher = Head(v, c, 5.0, 0), Head(v, c, 3.0, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = losses.chunked_objective(
+                student, teacher, final, target, labels, torch.ones(b), 0.5, 1.0
+            )
+        parts[0].backward()
+        found.append([*parts, *(p.grad for p in student.parameters())])
+        dtypes = {x.dtype for x in student.seen + teacher.seen}
+        places = {x.data_ptr() for x in student.seen}
+        if cast is once:
+            assert dtypes == {torch.bfloat16}
+            assert len(places) == 1
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.dtype == torch.float32
 
 
 def in_float64(student, teacher, final, target, labels, temperature):

@@ -69,4 +69,4 @@ def test_memory_grows_with_what_it_is_for():
     assert one > estimate.memory_needed(teacher, 100, trained=trained, recomputes=True)
     assert estimate.memory_available(CPU) > 2**20
     ids = torch.zeros(1, 8, dtype=torch.long)
-    assert estimate.seconds_a_token(teacher, ids) > 0
+    assert min(estimate.seconds_a_token(teacher, ids)) > 0

@@ -10,14 +10,16 @@ import torch
 import torch.nn as nn
 
 from lowbit.models.interface import LanguageModel
-from lowbit.training.losses import LOGITS_AT_ONCE
+from lowbit.training.losses import LOGITS_AT_ONCE, multiplied
 
 GIB = 2**30
 #: Floats of 4 bytes that a block keeps for the backward pass, a token: so many times its width and
 #: so many times the widths of what its linear layers give.
 KEPT_OF_WIDTH, KEPT_OF_OUTPUTS = 6, 1.5
-STEP_PASSES = 6  # a training step takes as long as so many passes of the teacher
-CALIBRATION_PASSES = 10  # calibration, on each of its tokens
+#: A training step takes as long as so many passes of the teacher's blocks, and so many of its head.
+STEP_PASSES, HEAD_PASSES = 6, 4
+CALIBRATION_PASSES = 10  # of the blocks, on each of calibration's tokens
+HEAD_TOKENS = 128  # on which a pass of the head is timed
 PROCESS = 0.4 * GIB  # Python and its libraries
 
 
@@ -45,8 +47,8 @@ def memory_needed(
     """Bytes for teacher, student, gradients, two moments, rounded weights, codes, activations of a
     pass of so many tokens (with ``recomputes`` of one block), and the logits of a chunk.
 
-    trained: the student's weights that are; held: bytes of a weight of the teacher's blocks. What
-    an allocator leaves between is a tenth.
+    trained: the student's weights that are; held: bytes of a weight of the teacher's blocks and of
+    the copies that heads multiply by. What an allocator leaves between is a tenth.
     """
     blocks = len(teacher.blocks)
     outputs = sum(
@@ -55,9 +57,10 @@ def memory_needed(
     kept = KEPT_OF_WIDTH * blocks * teacher.hidden_size + KEPT_OF_OUTPUTS * outputs
     if recomputes:
         kept = kept / blocks + 2 * blocks * teacher.hidden_size
+    heads = 2.0 * held * teacher.vocab_size * teacher.hidden_size if held < 4 else 0.0
     logits = 6 * min(LOGITS_AT_ONCE, tokens * teacher.vocab_size)
     inside = weights(teacher.blocks)
-    models = 4.0 * (2 * weights(teacher) - inside) + held * inside
+    models = 4.0 * (2 * weights(teacher) - inside) + held * inside + heads
     return 1.1 * (models + 4.0 * (3 * trained + tokens * kept + logits) + 5.0 * trained + PROCESS)
 
 
@@ -100,11 +103,20 @@ def memory_available(device: torch.device) -> float:
 
 
 @torch.no_grad()
-def seconds_a_token(teacher: LanguageModel, ids: torch.Tensor) -> float:
-    """Of a pass of the teacher over ids (B, T), the second of two: the first prepares kernels."""
-    for _ in range(2):
-        started = time.perf_counter()
-        teacher.features(ids)
-        if ids.is_cuda:
-            torch.cuda.synchronize()
-    return (time.perf_counter() - started) / ids.numel()
+def seconds_a_token(teacher: LanguageModel, ids: torch.Tensor) -> tuple[float, float]:
+    """Of a pass of the teacher's blocks over ids (B, T), and of one of its head over some of them;
+    the second of two each: the first prepares kernels."""
+
+    def timed(run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+        for _ in range(2):
+            started = time.perf_counter()
+            found = run()
+            if ids.is_cuda:
+                torch.cuda.synchronize()
+        return found, time.perf_counter() - started
+
+    final, of_blocks = timed(lambda: teacher.features(ids).final)
+    some = final.flatten(0, 1)[:HEAD_TOKENS]
+    head = multiplied(*teacher.head_parameters())
+    _, of_head = timed(lambda: teacher.logits(some, *head))
+    return of_blocks / ids.numel(), of_head / len(some)

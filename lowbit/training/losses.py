@@ -108,6 +108,17 @@ def soft_target_terms(
     return ce, kl, slope
 
 
+def multiplied(
+    weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A head in the dtype in which autocast multiplies it, which would be copied for each chunk."""
+    kind = weight.device.type
+    if not torch.is_autocast_enabled(kind):
+        return weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 class _ChunkedObjective(torch.autograd.Function):
     """sum_i weights_i (alpha CE_i + (1 - alpha) KL_i) over N tokens, with its gradients taken in
     the forward pass, chunk by chunk, so that logits of one chunk exist at a time (as in Liger,
@@ -121,11 +132,12 @@ class _ChunkedObjective(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needed[2] else None
         ces, kls = [], []
+        head = multiplied(weight, bias)
         for start in range(0, len(final), chunk):
             part = slice(start, start + chunk)
             leaves = [
                 x.detach().requires_grad_(n) if x is not None else None
-                for x, n in zip((final[part], weight, bias), needed, strict=True)
+                for x, n in zip((final[part], *head), needed, strict=True)
             ]
             with torch.enable_grad():
                 logits = student(*leaves)
@@ -173,7 +185,7 @@ def chunked_objective(
     model exist at a time.
     """
     weight, bias = student.head_parameters()
-    theirs = teacher.head_parameters()
+    theirs = multiplied(*teacher.head_parameters())
     counted = labels != IGNORED
     share = weights.float() / (counted.sum(1).clamp_min(1) * len(labels))
     each = (share[:, None] * counted).flatten()

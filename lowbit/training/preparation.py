@@ -28,6 +28,7 @@ from lowbit.text.tokenizers import Tokenizer
 from lowbit.training.estimate import (
     CALIBRATION_PASSES,
     GIB,
+    HEAD_PASSES,
     STEP_PASSES,
     Estimate,
     choose_passes,
@@ -192,16 +193,16 @@ def plan(
 
     ids = batch_of(corpus.take(slice(o.micro_batch_size)), device)[0]
     with Waiting("Measuring what a pass takes"), autocast(device, dtype):
-        second = seconds_a_token(teacher, ids)
+        of_blocks, of_head = seconds_a_token(teacher, ids)
     windows_in_all = o.epochs * (o.samples_per_epoch or len(corpus.train))
-    passes = (STEP_PASSES + o.activation_checkpointing) / world.count
-    tokens = passes * windows_in_all * o.seq_len + CALIBRATION_PASSES * o.calibration_tokens * bool(
-        o.calibrate
-    )
+    of_step = (STEP_PASSES + o.activation_checkpointing) * of_blocks + HEAD_PASSES * of_head
+    seconds = windows_in_all * o.seq_len * of_step / world.count
+    if o.calibrate:
+        seconds += o.calibration_tokens * CALIBRATION_PASSES * of_blocks
     memory = needed(o.micro_batch_size, o.activation_checkpointing)
     if memory > available:
         raise UserError(
             f"--teacher {o.teacher}: the run needs about {memory / GIB:.1f} GiB of memory, "
             f"{available / GIB:.1f} are free; a smaller --seq_len or --student_layers needs less"
         )
-    return Estimate(memory, available, tokens * second)
+    return Estimate(memory, available, seconds)
