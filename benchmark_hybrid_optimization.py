@@ -50,7 +50,7 @@ from lowbit.training import validation
 from lowbit.training.baselines import Baseline
 from lowbit.training.step import Setup, make_manager
 from studies.bench import TIMED_PAIRS, Bench
-from studies.definitions import METHODS, PAIR, QUICK, SPOILED, STUDIES, TASKS
+from studies.definitions import STUDIES
 from studies.tables import (
     format_quantization,
     format_table,
@@ -64,6 +64,7 @@ from studies.tables import (
     write_csv,
     write_json,
 )
+from studies.tasks import METHODS, PAIR, QUICK, SPOILED, TASKS
 
 EVALUATION_WINDOWS = 512
 SPOILED_EVERY, SPOILED_TIMES = 40, 30.0  # of the study `faults`

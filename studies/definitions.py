@@ -1,4 +1,4 @@
-"""The full studies: tasks, methods, and what is asked of their runs.
+"""The full studies: what is asked of runs.
 
 A study is a function of a `Bench` that asks for runs and returns its summary. The hybrid has its
 default settings; `convergence` and `quantization` tune its rivals, the other studies give them
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,197 +17,12 @@ from typing import Any
 import numpy as np
 
 from lowbit import UserError
-from lowbit.options import ADAMW_MOMENTUM, STEPS_PER_EPOCH, default
+from lowbit.options import STEPS_PER_EPOCH, default
 from studies.bench import Bench, gap_reduction, mean_interval, ratio, smallest_horizon, steps_ratio
+from studies.tasks import METHODS, PAIR, RUN, SPOILED, TASKS, Task, given
+from studies.tuning import tune
 
-TUNING_SEED = 1000  # rates are chosen on a seed that no result uses
-RUN = 320  # steps of the default run, where a study needs one length
-SPOILED = "--spoiled_gradients"  # a task's flag, of `benchmark_hybrid_optimization.run_once`
-
-#: Method -> its flags. --cluster_batches is ours alone: batches balanced over clusters.
-METHODS: dict[str, list[str]] = {
-    "Baseline SGD": ["--optimizer", "sgd", "--lr_schedule", "constant"],
-    "SGD + LR schedule": ["--optimizer", "sgd"],
-    "SGD + clustering": ["--optimizer", "sgd", "--cluster_batches"],
-    "AdamW": ["--optimizer", "adamw"],
-    "AdamW + clustering": ["--optimizer", "adamw", "--cluster_batches"],
-    "AdamW + calibration": ["--optimizer", "adamw", "--calibrate"],
-    "AdamW + quantization warm-up": ["--optimizer", "adamw", "--quant_warmup", "0.8"],
-    "AdamW + gradient clipping": ["--optimizer", "adamw", "--max_grad_norm", "1"],
-    "Muon": ["--optimizer", "muon"],
-    "Muon + quantization warm-up": ["--optimizer", "muon", "--quant_warmup", "0.8"],
-    "Schedule-Free AdamW": ["--optimizer", "schedulefree"],
-    "Prodigy": ["--optimizer", "prodigy"],
-    "Full hybrid": ["--hybrid"],
-    "Hybrid - auxiliary network": ["--hybrid", "--use_auxiliary_nn=false"],
-    "Hybrid - trust region": ["--hybrid", "--use_trust_region=false"],
-    "Hybrid - data clustering": ["--hybrid", "--use_clustering=false"],
-    "Hybrid - parameter clustering": ["--hybrid", "--param_clusters", "1"],
-    "Hybrid - matrix geometry": ["--hybrid", "--use_matrix_geometry=false"],
-    "Hybrid - calibration": ["--hybrid", "--calibrate=false"],
-    "Hybrid - quantization warm-up": ["--hybrid", "--quant_warmup", "0"],
-}
-PAIR = ("AdamW", "Full hybrid")
-QUICK = ["Baseline SGD", "SGD + LR schedule", "SGD + clustering", "AdamW", "Full hybrid"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """flags: of distillation.py. steps: the baseline's horizon. rates: where tuning starts.
-    expected: where the search for the hybrid's horizon starts, a share of the baseline's."""
-
-    flags: str
-    steps: int
-    rates: dict[str, float]
-    expected: float = 0.5
-
-
-FROM_SCRATCH = {"AdamW": 4e-3, "Muon": 1e-2, "Schedule-Free AdamW": 4e-3, "Prodigy": 1.0}
-TERNARY = FROM_SCRATCH | {f"{m} + quantization warm-up": FROM_SCRATCH[m] for m in ("AdamW", "Muon")}
-#: {stdlib} stands for the folder of the standard library's source code.
-SOURCE_CODE = " ".join(
-    "{stdlib}/" + name for name in ("asyncio", "email", "http", "importlib", "json", "unittest")
-)
-TASKS: dict[str, Task] = {
-    "conversion": Task(
-        "--ternary --qat --student_init teacher",
-        400,
-        {
-            "AdamW": 1e-3,
-            "AdamW + calibration": 1e-3,
-            "Muon": 2e-3,
-            "Schedule-Free AdamW": 1e-3,
-            "Prodigy": 1.0,
-        },
-        expected=0.6,
-    ),
-    "scratch": Task("--ternary --qat --student_init random", 800, TERNARY),
-    "scratch_small": Task(
-        "--ternary --qat --student_init random --student_size small", 800, TERNARY
-    ),
-    "full_precision": Task("--ternary --calibrate=false --student_init random", 800, FROM_SCRATCH),
-    "heldout": Task(f"--ternary --qat --student_init random --data {SOURCE_CODE}", 800, TERNARY),
-    "digits": Task("--digits", 192, FROM_SCRATCH, expected=1.0),
-}
-#: Optimisers that are given fewer steps, a share of the task's: they reach AdamW's loss earlier.
-SHORTER = {"muon": 0.5}
-#: What tuning tries beside rates: a flag and its values, the first while it looks for the rate.
-SHAPES = {"schedulefree": ("momentum", ("0.9", "0.95", "0.98"))}
-NUMBERS = ("weight_decay", "momentum", "adamw_momentum")  # tuned, beside the rate
-SCHEDULES = ("lr_schedule", ("linear", "cosine", "wsd"))
-DECAYS = (0.01, 0.1, 0.3, 1.0)  # from distillation.py's default
-MOMENTA = (0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98)
 GRID = 50  # horizons are whole epochs, about this many up to the baseline's steps
-
-
-def optimizer_of(baseline: str) -> str:
-    """What its method gives to --optimizer."""
-    return METHODS[baseline][METHODS[baseline].index("--optimizer") + 1]
-
-
-def given(task: Task, baseline: str) -> Task:
-    """The task as this baseline runs it."""
-    return replace(task, steps=round(task.steps * SHORTER.get(optimizer_of(baseline), 1.0)))
-
-
-# ------------------------------------------------------------------------------------- tuning
-
-
-def tune(bench: Bench, method: str, task: Task) -> tuple[list[str], list[dict[str, Any]]]:
-    """(best flags, the tuning table): rates a factor 2 apart on a linear schedule until the best
-    is interior, the other schedules at that rate (of Schedule-Free, which has none, other
-    momenta), then, in rounds, while it helps: weight decay, momentum, that of what Muon leaves to
-    AdamW, schedule, rate, one step of its scale after the other. A better trial that the log holds
-    already is where the next round starts. One seed, which no result uses. From a log: as far as
-    its runs of these rounds go."""
-    table: dict[str, dict[str, Any]] = {}  # a row a trial, under its flags
-    optimizer = optimizer_of(method)
-    name, (first, *others) = SHAPES.get(optimizer, SCHEDULES)
-    order = list(dict.fromkeys(("lr", name, *NUMBERS)))  # of the flags, in the log's keys
-
-    def flags(trial: dict[str, Any]) -> list[str]:
-        pairs = [(k, trial[k]) for k in order if k in trial]
-        pairs = [x for x in pairs if x != ("weight_decay", DECAYS[0])]
-        return [word for k, v in pairs for word in (f"--{k}", v if k == name else f"{v:g}")]
-
-    def key(trial: dict[str, Any]) -> dict[str, Any]:
-        return bench.key(method, task.flags, task.steps, TUNING_SEED, flags(trial))
-
-    def losses(trials: Sequence[dict[str, Any]]) -> list[float]:
-        found = [r["final_loss"] for r in bench.run(map(key, trials))]
-        for trial, loss in zip(trials, found, strict=True):
-            table[str(flags(trial))] = {**trial, "loss": loss}
-        return found
-
-    start = task.rates[method]
-    plain = {"lr": start, name: first, "weight_decay": DECAYS[0]}
-    rates = [start / 2, start, start * 2]
-    found = dict(zip(rates, losses([{**plain, "lr": r} for r in rates]), strict=True))
-    while (rate := min(found, key=found.__getitem__)) in (min(found), max(found)):
-        if len(found) > 7:
-            break
-        further = rate / 2 if rate == min(found) else rate * 2
-        (found[further],) = losses([{**plain, "lr": further}])
-    best: dict[str, Any] = {**plain, "lr": rate}
-    lowest = found[rate]
-    shapes = [{**best, name: x} for x in others]
-    for trial, loss in zip(shapes, losses(shapes), strict=True):
-        if loss < lowest:
-            best, lowest = trial, loss
-
-    def climb(what: str, values: Iterable[float | str]) -> bool:
-        """Whether any of the values helped; the last that did is kept."""
-        nonlocal best, lowest
-        before = lowest
-        for value in values:
-            trial = {**best, what: value}
-            if bench.from_log and bench.missing([key(trial)]):
-                break
-            (loss,) = losses([trial])
-            if loss >= lowest:
-                break
-            best, lowest = trial, loss
-        return lowest < before
-
-    def climb_scale(what: str, scale: Sequence[float], usual: float) -> None:
-        """Down, or else up, the scale."""
-        here = best.get(what, usual)  # a trial on record may lie beside the scale
-        below, above = [x for x in scale if x < here], [x for x in scale if x > here]
-        climb(what, below[::-1]) or climb(what, above)
-
-    def best_on_record() -> None:
-        """A climb ends at a local optimum: trials of other climbs, or made by hand, count."""
-        nonlocal best, lowest
-        for r in bench.log.runs:
-            if r["method"] != method or r["seed"] != TUNING_SEED or r["final_loss"] >= lowest:
-                continue
-            words = r["flags"][len(METHODS[method]) :]
-            pairs = {f[2:]: v for f, v in zip(words[::2], words[1::2], strict=False)}
-            if pairs.keys() <= set(order):
-                pairs = {"weight_decay": DECAYS[0], **pairs}
-                trial = {k: pairs[k] if k == name else float(pairs[k]) for k in order if k in pairs}
-                if bench.log.find(key(trial)) is r:  # of this task and horizon
-                    (lowest,) = losses([trial])
-                    best = trial
-
-    before = math.inf
-    while lowest < before:
-        before = lowest
-        climb_scale("weight_decay", DECAYS, DECAYS[0])
-        if name != "momentum":
-            climb_scale("momentum", MOMENTA, default("momentum", optimizer, "random"))
-        if optimizer == "muon":
-            climb_scale("adamw_momentum", MOMENTA, ADAMW_MOMENTUM)
-        for shape in [x for x in (first, *others) if x != best[name]]:
-            climb(name, [shape])
-        peak = best["lr"]
-        for factor in (0.5, 2.0):
-            climb("lr", [peak * factor**n for n in range(1, 5)])
-        best_on_record()
-    return flags(best), list(table.values())
-
-
-# ------------------------------------------------------------------------------------- studies
 
 
 def bracket(

@@ -12,7 +12,7 @@ import benchmark_hybrid_optimization as benchmark
 from lowbit.options import parse_options
 from studies import bench as study_tools
 from studies import definitions as studies
-from studies import tables
+from studies import tables, tasks, tuning
 from studies.bench import Bench
 
 
@@ -84,18 +84,18 @@ def test_runs_are_cached_and_grow(tmp_path, text_file, tiny_teacher, capsys, mon
     command = ["--epochs", "2", "--task", task, "--output_dir", str(tmp_path)]
     assert benchmark.main([*command, "--seeds", "1"]) == 0
     full = [("AdamW", 0), ("Full hybrid", 0)]  # in full precision
-    assert done == [(m, 0) for m in studies.QUICK] + full
+    assert done == [(m, 0) for m in tasks.QUICK] + full
     with (tmp_path / "runs.jsonl").open("a") as f:
         f.write('{"cut off')  # a killed writer
     assert benchmark.main([*command, "--seeds", "1"]) == 0
-    assert len(done) == len(studies.QUICK) + 2
+    assert len(done) == len(tasks.QUICK) + 2
     out = capsys.readouterr().out
-    assert all(m in out for m in studies.QUICK)
+    assert all(m in out for m in tasks.QUICK)
     assert "Quantization error" in out
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [r["method"] for r in summary["table"]] == studies.QUICK
+    assert [r["method"] for r in summary["table"]] == tasks.QUICK
     assert [r["method"] for r in summary["quantization"]] == ["AdamW", "Full hybrid"]
-    assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + len(studies.QUICK)
+    assert (tmp_path / "summary.csv").read_text().count("\n") == 1 + len(tasks.QUICK)
     assert (tmp_path / "summary.png").read_bytes().startswith(b"\x89PNG")
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("# quick look")
@@ -124,7 +124,7 @@ def test_the_teacher_is_asked_again_only_for_other_windows(
         task = f"--ternary --qat --data {text} --teacher {tiny_teacher} --epochs 1 --device cpu"
         task += " --seq_len 32 --batch_size 4 --samples_per_epoch 8"
         before = len(asked)
-        result = benchmark.run_once("AdamW", studies.METHODS["AdamW"], task.split(), 0)
+        result = benchmark.run_once("AdamW", tasks.METHODS["AdamW"], task.split(), 0)
         found.append((len(asked) - before, result["teacher_loss"]))
     assert [n for n, _ in found] == [2, 1, 2]  # one of them for the validation of epochs
     assert found[0][1] == found[1][1] != found[2][1]
@@ -150,7 +150,7 @@ def law(monkeypatch):
             loss += 0.01 * abs(float(option(flags, "--weight_decay", "0.01")) - 0.1)
             if method == "AdamW":
                 loss += 0.01 * abs(float(option(flags, "--momentum", "0.9")) - 0.8)
-        if studies.SPOILED in common:
+        if tasks.SPOILED in common:
             loss *= 1.2
         return {
             "final_loss": loss, "final_kl": loss / 10, "seconds": steps / 10, "step_seconds": 0.1,
@@ -159,8 +159,8 @@ def law(monkeypatch):
 
     monkeypatch.setattr(benchmark, "run_once", run_once)
     monkeypatch.setattr(study_tools, "START_METHOD", "fork")
-    task = studies.Task("--ternary --qat", 320, {"AdamW": 0.5, "Muon": 0.5}, expected=0.5)
-    monkeypatch.setitem(studies.TASKS, "toy", task)
+    task = tasks.Task("--ternary --qat", 320, {"AdamW": 0.5, "Muon": 0.5}, expected=0.5)
+    monkeypatch.setitem(tasks.TASKS, "toy", task)
     return done
 
 
@@ -175,19 +175,19 @@ STUDY_FILES = {"README.md", "runs.jsonl", "summary.json", "summary.png"}
 
 def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_path, capsys):
     entry = study("convergence", tmp_path, "--seeds", "3", "--methods", "AdamW")
-    tuning = entry["tuning"]["AdamW"]
+    tuned = entry["tuning"]["AdamW"]
     best = ["--lr", "2", "--lr_schedule", "cosine", "--weight_decay", "0.1", "--momentum", "0.8"]
-    assert tuning["chosen"] == best
+    assert tuned["chosen"] == best
     # Each scale one step beyond the best, once more after what follows it was chosen.
     for name, values in {
         "weight_decay": [0.01, 0.1, 0.3],
         "momentum": [0.6, 0.8, 0.9],
         "lr_schedule": ["cosine", "linear", "wsd"],
     }.items():
-        tried = [r for r in tuning["table"] if r["lr"] == 2]
+        tried = [r for r in tuned["table"] if r["lr"] == 2]
         assert sorted({r.get(name, 0.9) for r in tried}) == values
-    assert {r["lr"] for r in tuning["table"] if r.get("momentum") == 0.8} == {1, 2, 4}
-    rates = [r["lr"] for r in tuning["table"] if r["lr_schedule"] == "linear"]
+    assert {r["lr"] for r in tuned["table"] if r.get("momentum") == 0.8} == {1, 2, 4}
+    rates = [r["lr"] for r in tuned["table"] if r["lr_schedule"] == "linear"]
     assert min(rates) < 2 < max(rates)
     assert entry["steps_ratio_vs_adamw"]["value"] == 0.5
     assert entry["seconds_ratio_vs_adamw"]["value"] == pytest.approx(0.5)
@@ -202,7 +202,7 @@ def test_convergence_tunes_to_an_interior_rate_and_finds_the_horizon(law, tmp_pa
     assert seconds == [
         x for seed in range(3) for x in (("AdamW", seed, 32.0), ("Full hybrid", seed, 16.0))
     ]
-    assert {s for m, _, s, f in law if m == "AdamW" and "4" in f} == {studies.TUNING_SEED}
+    assert {s for m, _, s, f in law if m == "AdamW" and "4" in f} == {tuning.TUNING_SEED}
     folder = tmp_path / "convergence"
     assert {p.name for p in folder.iterdir()} == STUDY_FILES
     readme = (folder / "README.md").read_text()
@@ -247,9 +247,9 @@ def test_rates_are_tried_again_and_what_muon_leaves_to_adamw_has_a_momentum(tmp_
         rate = 4 if far < 0.3 else 1
         return {"final_loss": far + 0.01 * abs(math.log2(float(option(flags, "--lr")) / rate))}
 
-    task = studies.Task("--ternary --qat", 160, {"Muon + quantization warm-up": 1.0})
-    bench = Bench(tmp_path, 1, "cpu", run_once, studies.METHODS)
-    best, table = studies.tune(bench, "Muon + quantization warm-up", task)
+    task = tasks.Task("--ternary --qat", 160, {"Muon + quantization warm-up": 1.0})
+    bench = Bench(tmp_path, 1, "cpu", run_once, tasks.METHODS)
+    best, table = tuning.tune(bench, "Muon + quantization warm-up", task)
     chosen = {name: option(best, f"--{name}") for name in ("lr", "momentum", "adamw_momentum")}
     assert chosen == {"lr": "4", "momentum": "0.8", "adamw_momentum": "0.6"}
     assert table[0]["lr"] == 0.5
@@ -273,17 +273,17 @@ def test_a_better_trial_on_record_is_where_tuning_goes_on(momentum_by_hand, tmp_
         far += 0.1 * abs(math.log10(float(option(flags, "--weight_decay", "0.01")) / 0.1))
         return {"final_loss": 2 + far - lower + 0.01 * abs(math.log2(rate / best_rate))}
 
-    task = studies.Task("--ternary --qat", 160, {"AdamW": 1.0})
-    bench = Bench(tmp_path, 1, "cpu", run_once, studies.METHODS)
-    assert option(studies.tune(bench, "AdamW", task)[0], "--momentum", "") == ""
+    task = tasks.Task("--ternary --qat", 160, {"AdamW": 1.0})
+    bench = Bench(tmp_path, 1, "cpu", run_once, tasks.METHODS)
+    assert option(tuning.tune(bench, "AdamW", task)[0], "--momentum", "") == ""
     by_hand = ["--lr", "1", "--lr_schedule", "linear", "--weight_decay", "0.1"]
     by_hand += ["--momentum", momentum_by_hand]
-    bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, by_hand)])
+    bench.run([bench.key("AdamW", task.flags, 160, tuning.TUNING_SEED, by_hand)])
     other = ["--lr", "1", "--lr_schedule", "linear", "--temperature", "2"]
-    bench.run([bench.key("AdamW", task.flags, 160, studies.TUNING_SEED, other)])
+    bench.run([bench.key("AdamW", task.flags, 160, tuning.TUNING_SEED, other)])
     for from_log in (False, True):
         bench.from_log = from_log
-        best, table = studies.tune(bench, "AdamW", task)
+        best, table = tuning.tune(bench, "AdamW", task)
         assert (option(best, "--momentum"), option(best, "--lr")) == (momentum_by_hand, "4")
         assert option(best, "--weight_decay") == "0.1"
         assert min(table, key=lambda r: r["loss"])["momentum"] == float(momentum_by_hand)
@@ -298,10 +298,10 @@ def test_names_of_baselines_in_a_summary():
 
 def test_every_rival_of_a_task_can_run():
     """Its method is there, and its flags are none that the task's contradict."""
-    for task in studies.TASKS.values():
+    for task in tasks.TASKS.values():
         words = [w for w in task.flags.split() if w != "--digits"]
         for method in task.rates:
-            o = parse_options([*words, *studies.METHODS[method]])
+            o = parse_options([*words, *tasks.METHODS[method]])
             assert o.quant_warmup is None or (o.qat and task.flags.count("random"))
 
 
@@ -317,8 +317,8 @@ def test_muon_is_given_half_of_the_steps(law, tmp_path):
 @pytest.mark.parametrize(("target", "hit"), [(1.625, 80), (1.2, 256), (0.5, None)])
 def test_horizons_are_bracketed_from_both_sides(law, tmp_path, target, hit):
     """The hybrid's loss is 1 + 50 / steps by the law of these runs."""
-    bench = Bench(tmp_path, 1, "cpu", benchmark.run_once, studies.METHODS)
-    found = studies.bracket(bench, studies.TASKS["toy"], 1, [target])
+    bench = Bench(tmp_path, 1, "cpu", benchmark.run_once, tasks.METHODS)
+    found = studies.bracket(bench, tasks.TASKS["toy"], 1, [target])
     good = [h for h, rs in found.items() if rs[0]["final_loss"] <= target]
     assert min(good, default=None) == hit
     assert list(found) == sorted(found)
@@ -405,7 +405,7 @@ def test_guidance_does_not_run_away_where_the_loss_is_concave():
 @pytest.mark.parametrize("method", ["AdamW", "Muon", "Full hybrid", "Hybrid - matrix geometry"])
 def test_digits_are_learned(method):
     task = ["--digits", "--epochs", "8"]
-    flags = studies.METHODS[method]
+    flags = tasks.METHODS[method]
     found = benchmark.run_once(method, flags, task, 0)
     assert found["steps"] == 128
     assert found["final_loss"] < 1.5  # untrained: log 10 = 2.3

@@ -19,7 +19,7 @@ from lowbit.generate import generate
 from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import quantize_model, snapshot_codes
-from studies.definitions import METHODS
+from studies.tasks import METHODS
 
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"

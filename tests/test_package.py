@@ -26,6 +26,14 @@ COMMANDS = ["apl-benchmark", "apl-chat", "apl-distill", "apl-export"]
 LEFT_OUT = (".*", "__pycache__", "*.egg-info", "build", "dist", "site", "runs.jsonl", "*.png")
 
 
+def test_modules_can_be_read_at_a_sitting():
+    """All but the one file that drops into any project."""
+    sources = [*ROOT.glob("*.py"), *ROOT.glob("lowbit/**/*.py"), *ROOT.glob("studies/*.py")]
+    assert len(sources) > 40
+    lengths = {p.name: len(p.read_text("utf-8").splitlines()) for p in sources}
+    assert {n for n, lines in lengths.items() if lines > 500} == {"hybrid_optimization.py"}
+
+
 def build(what: str, source: Path) -> Path:
     """The file that pip's back end makes of a folder."""
     code = f"from setuptools import build_meta as b; print(b.build_{what}('made'))"
