@@ -36,11 +36,11 @@ import torch.nn as nn
 
 import distillation
 from lowbit import RunFailed, UserError
+from lowbit.arguments import Parser
 from lowbit.console import complain, hushed
 from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.options import (
     STEPS_PER_EPOCH,
-    Parser,
     parse_options,
     settle_by_start,
     settle_by_teacher,

@@ -147,6 +147,7 @@ _RULES: dict[str, _Rule] = {
         _one_of("linear", "cosine", "wsd", "constant"),
         "'linear', 'cosine', 'wsd' or 'constant'",
     ),
+    "decay_fraction": (_number(0, 1), "a fraction of max_steps in [0, 1]"),
     "use_matrix_geometry": _BOOLEAN,
     "clustering_warmup_steps": (_integer(0), "an integer of at least 0"),
     "seed": (_integer(0, 2**32 - 1), "an integer from 0 to 4294967295"),
@@ -200,9 +201,9 @@ class HybridTrainingConfig:
     Units: max_steps, log_interval, eval_interval and clustering_warmup_steps in steps;
     initial_trust_radius in fractions of ||Theta_c||_2 a step; step_length in fractions of a
     weight's root mean square, what a step at the schedule's peak would be if all gradients agreed
-    (momentum leaves a tenth to a third of it); shrink_below as kappa (see `Guidance`); target_bits
-    in bits a weight. Centres of regions that adapt are kept in [0.001, 1], whatever
-    initial_trust_radius is.
+    (momentum leaves a tenth to a third of it); decay_fraction, of 'wsd' alone, in shares of
+    max_steps; shrink_below as kappa (see `Guidance`); target_bits in bits a weight. Centres of
+    regions that adapt are kept in [0.001, 1], whatever initial_trust_radius is.
     The fields about quantisation, batches and intervals are kept for the caller's loop; the
     manager itself does not quantise.
     """
@@ -230,6 +231,7 @@ class HybridTrainingConfig:
     shrink_below: float = -0.8
     warmup_fraction: float = 0.05
     lr_schedule: str = "linear"
+    decay_fraction: float = 0.2
     use_matrix_geometry: bool = True
     clustering_warmup_steps: int = 0
     seed: int = 0
@@ -239,11 +241,14 @@ class HybridTrainingConfig:
         object.__setattr__(self, name, value)
 
 
-def schedule_factor(step: int, max_steps: int, warmup_fraction: float, kind: str) -> float:
+def schedule_factor(
+    step: int, max_steps: int, warmup_fraction: float, kind: str, decay_fraction: float = 0.2
+) -> float:
     """Share of the peak learning rate at a step (from 0): linear warm-up, then ``kind``.
 
     'linear' and 'cosine' fall to 0 at max_steps; 'wsd' (warm-up, stable, decay) stays at the peak
-    and falls linearly to 0 over the last fifth. Beyond max_steps they stay at the last value.
+    and falls linearly to 0 over the last decay_fraction of max_steps. Beyond max_steps they stay at
+    the last value.
     """
     warmup = max(1, round(warmup_fraction * max_steps))
     if step < warmup:
@@ -252,7 +257,7 @@ def schedule_factor(step: int, max_steps: int, warmup_fraction: float, kind: str
         return 1.0
     remaining = max(max_steps - step, 1)
     if kind == "wsd":
-        return min(remaining / max(1, round(0.2 * max_steps)), 1.0)
+        return min(remaining / max(1, round(decay_fraction * max_steps)), 1.0)
     left = min(remaining / max(1, max_steps - warmup), 1.0)
     return left if kind == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
 
@@ -2025,7 +2030,9 @@ class HybridOptimizationManager:
     def schedule(self, step: int) -> float:
         """`schedule_factor` with this configuration's values."""
         c = self.config
-        return schedule_factor(step, c.max_steps, c.warmup_fraction, c.lr_schedule)
+        return schedule_factor(
+            step, c.max_steps, c.warmup_fraction, c.lr_schedule, c.decay_fraction
+        )
 
     def optimization_step(
         self,

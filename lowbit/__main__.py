@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from lowbit import __version__
+from lowbit.arguments import Parser
 from lowbit.console import Printer
 from lowbit.extras import EXTRAS
-from lowbit.options import Parser
 
 
 def versions(packages: Iterable[str]) -> str:

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lowbit import UserError, first_line
+from lowbit.arguments import COUNT, Parser, number, words
 from lowbit.console import Printer, complain, silence
 from lowbit.export import find_packed
 from lowbit.extras import require
 from lowbit.generate import MOST_LIKELY, stream
 from lowbit.models.interface import LanguageModel
 from lowbit.models.teacher import load_teacher
-from lowbit.options import COUNT, Parser, number, words
 from lowbit.text.tokenizers import Message, TeacherTokenizer, Tokenizer, end_ids, opened
 
 CONTEXT = 4096  # tokens of a conversation, at most, in llama.cpp

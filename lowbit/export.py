@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowbit import UserError, first_line
+from lowbit.arguments import Parser
 from lowbit.console import Printer
 from lowbit.files.compressed import export_compressed
 from lowbit.files.gguf_file import TYPES, Exported, export_gguf
 from lowbit.files.packed import model_of, read_packed
 from lowbit.models.transformers_lm import TransformersLM, save_folder
-from lowbit.options import Parser
 
 #: The type of a folder for transformers that holds codes.
 PACKED = "packed"

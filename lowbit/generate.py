@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from lowbit import UserError
+from lowbit.arguments import COUNT, Parser, number, words
 from lowbit.console import Printer
 from lowbit.models.interface import LanguageModel
 from lowbit.models.teacher import load_teacher
-from lowbit.options import COUNT, Parser, number, words
 from lowbit.text.tokenizers import opened
 
 MOST_LIKELY = 1e-6  # temperatures below it take the most likely token; quotients would overflow

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 from lowbit import UserError
-from lowbit.console import complain
+from lowbit.arguments import COUNT, Parser, boolean, interval, number
 from lowbit.events import add_flags
 from lowbit.models.decoder import STUDENT_SIZES
 
@@ -27,11 +26,19 @@ BY_START: dict[str, dict[str, tuple[Any, Any]]] = {
     },
     "weight_decay": {"hybrid": (1e-5, 0.5), "others": (0.01, 0.01)},
     "momentum": {"hybrid": (0.6, 0.8), "muon": (0.95, 0.95), "others": (0.9, 0.9)},
+    "lr_schedule": {
+        "schedulefree": ("constant", "constant"),
+        "others": ("linear", "linear"),
+    },
+    "decay_fraction": {"others": (0.2, 0.2)},
     # Share of the run over which rounding sets in.
     "quant_warmup": {"hybrid": (0.0, 0.8), "others": (0.0, 0.0)},
     # It does not pay in a conversion: EXPERIMENTS.md.
     "use_matrix_geometry": {"others": (False, True)},
 }
+#: What the hybrid has instead where it converts a teacher with a tokenizer. Longer steps early in
+#: the run leave the calibrated start of a large model, and gain nothing by its end (EXPERIMENTS.md).
+CONVERSION_OF_TOKENS: dict[str, Any] = {"lr": 1.5e-4, "lr_schedule": "wsd", "decay_fraction": 0.5}
 STEPS_PER_EPOCH = 16  # of a run of bytes
 #: Defaults that depend on the teacher's vocabulary: (bytes, a tokenizer's).
 BY_TEACHER: dict[str, tuple[Any, Any]] = {
@@ -48,79 +55,11 @@ WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
 ADAMW_MOMENTUM = 0.9  # of what muon leaves to AdamW
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        complain(f"error: {message} (--help lists the flags)")
-        raise SystemExit(2)
-
-
-def number(
-    kind: type, low: float, high: float = math.inf, *, open_low: bool = False
-) -> Callable[[str], Any]:
-    above = f"above {low:g}" if open_low else f"at least {low:g}"
-    range_ = above + (f" and at most {high:g}" if high < math.inf else "")
-    noun = "a whole number" if kind is int else "a number"
-
-    def parse(text: str) -> float:
-        try:
-            value: Any = kind(text)
-        except ValueError:
-            value = math.nan
-        good = abs(value) <= 2**53  # false for nan and inf too
-        good = good and value <= high and (value > low if open_low else value >= low)
-        if not good:
-            raise argparse.ArgumentTypeError(f"expected {noun} {range_}, not {text!r}")
-        return value
-
-    return parse
-
-
-COUNT = number(int, 1, 2**31 - 1)  # what other packages hold in 32 bits
-
-
-def words(text: str) -> str:
-    """A flag's text; what the shell gave that is not UTF-8 is refused."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as e:
-        raise argparse.ArgumentTypeError(f"expected UTF-8, not {text!r}") from e
-    return text
-
-
-def _boolean(text: str) -> bool:
-    value = {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "0": False,
-        "no": False,
-        "off": False,
-    }.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
-    return value
-
-
-def interval(text: str) -> tuple[str, float]:
-    """What --save_every says: 3 -> ("epochs", 3); 90s, 30m, 2h -> ("seconds", ...)."""
-    units = {"s": 1, "m": 60, "h": 3600}
-    try:
-        if text[-1:] in units:
-            return "seconds", number(float, 0, open_low=True)(text[:-1]) * units[text[-1]]
-        return "epochs", number(int, 1)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(
-            f"expected epochs (3) or a time (90s, 30m, 2h), not {text!r}"
-        ) from None
-
-
 def _by_start(name: str) -> str:
     """The defaults of BY_START in words, for --help."""
 
     def text(value: Any) -> str:
-        return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+        return str(value).lower() if isinstance(value, bool | str) else f"{value:g}"
 
     rows = BY_START[name]
     words = []
@@ -137,7 +76,7 @@ def make_parser() -> Parser:
         allow_abbrev=False,
     )
     count, positive = COUNT, number(float, 0, open_low=True)
-    switch: dict[str, Any] = dict(nargs="?", const=True, type=_boolean, metavar="true|false")
+    switch: dict[str, Any] = dict(nargs="?", const=True, type=boolean, metavar="true|false")
 
     g = parser.add_argument_group("what is trained")
     g.add_argument("--ternary", action="store_true", help="1.58-bit weights (default: 1-bit)")
@@ -272,8 +211,14 @@ def make_parser() -> Parser:
     g.add_argument(
         "--lr_schedule",
         choices=["linear", "cosine", "wsd", "constant"],
-        help="after 5 %% warm-up; wsd is flat and falls in the last fifth; all but constant end "
-        "at 0 (default linear; schedulefree: constant)",
+        help="after 5 %% warm-up; wsd is flat and falls at the end; all but constant end at 0 "
+        + _by_start("lr_schedule")
+        + "; the hybrid converts a teacher with a tokenizer by wsd over half the run, at half the lr",
+    )
+    g.add_argument(
+        "--decay_fraction",
+        type=number(float, 0, 1),
+        help="share of the run in which wsd falls " + _by_start("decay_fraction"),
     )
     g.add_argument(
         "--optimizer",
@@ -460,8 +405,6 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
         o.adamw_momentum = ADAMW_MOMENTUM
     elif o.method != "muon":
         raise UserError("--adamw_momentum needs --optimizer muon")
-    if o.lr_schedule is None:
-        o.lr_schedule = "constant" if o.method == "schedulefree" else "linear"
     if o.self_tokens is not None and "self" not in o.data:
         raise UserError("--self_tokens needs --data self")
     o.self_tokens = o.self_tokens or SELF_TOKENS
@@ -472,8 +415,12 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     return o
 
 
-def default(name: str, method: str, start: str) -> Any:
-    """What BY_START says; start: "teacher" or "random"."""
+def default(name: str, method: str, start: str, vocabulary: str = "bytes") -> Any:
+    """What BY_START and CONVERSION_OF_TOKENS say; start: "teacher" or "random"; vocabulary: "bytes"
+    or another."""
+    if (method, start) == ("hybrid", "teacher") and vocabulary != "bytes":
+        if name in CONVERSION_OF_TOKENS:
+            return CONVERSION_OF_TOKENS[name]
     rows = BY_START[name]
     from_teacher, from_scratch = rows[method if method in rows else "others"]
     return from_scratch if start == "random" else from_teacher
@@ -486,10 +433,10 @@ def settle_by_teacher(o: argparse.Namespace, vocabulary: str) -> None:
             setattr(o, name, of_bytes if vocabulary == "bytes" else of_tokens)
 
 
-def settle_by_start(o: argparse.Namespace) -> None:
+def settle_by_start(o: argparse.Namespace, vocabulary: str = "bytes") -> None:
     """Fill in what was not given and depends on whether the student starts from its teacher."""
     for name in BY_START:
         if getattr(o, name) is None:
-            setattr(o, name, default(name, o.method, o.student_init))
+            setattr(o, name, default(name, o.method, o.student_init, vocabulary))
     if not o.qat:
         o.quant_warmup = 0.0

@@ -18,7 +18,7 @@ from families import tiny_folder, write_gguf
 import distillation
 from lowbit.files.checkpoint import load_float32
 from lowbit.files.packed import load_packed
-from lowbit.options import parse_options
+from lowbit.options import parse_options, settle_by_start
 from lowbit.quantization.layers import low_bit_layers
 from lowbit.training.baselines import Baseline
 from lowbit.training.step import make_manager
@@ -289,10 +289,18 @@ def test_momentum_and_rate_reach_every_optimizer(text_file, tiny_teacher, name):
 
 
 def test_schedule_free_has_no_schedule_unless_asked():
-    free = ["--optimizer", "schedulefree"]
-    assert parse_options(free).lr_schedule == "constant"
-    assert parse_options([*free, "--lr_schedule", "linear"]).lr_schedule == "linear"
-    assert parse_options([]).lr_schedule == "linear"
+    def schedule(*flags: str, vocabulary: str = "transformers") -> tuple[str, float]:
+        o = parse_options(flags)
+        settle_by_start(o, vocabulary)
+        return o.lr_schedule, o.decay_fraction
+
+    free = ("--optimizer", "schedulefree")
+    assert schedule(*free)[0] == "constant"
+    assert schedule(*free, "--lr_schedule", "linear")[0] == "linear"
+    assert schedule()[0] == "linear"
+    assert schedule("--hybrid", "--qat") == ("wsd", 0.5)
+    assert schedule("--hybrid", "--qat", vocabulary="bytes") == ("linear", 0.2)
+    assert schedule("--hybrid", "--student_init", "random") == ("linear", 0.2)
 
 
 def test_ternary_without_qat_trains_in_full_precision(run, monkeypatch):

@@ -1,7 +1,8 @@
 """Conversions of SmolLM2: python benchmarks/smollm2/measure.py [--seeds 1] [flags of distillation]
 
-Each run is a fresh process. Appends one JSON line a run to runs.jsonl beside this file and
-rewrites summary.json, in which runs of one command differ in their seeds only.
+Each run is a fresh process. Appends one JSON line a run to runs.jsonl beside this file, or in
+--folder, and rewrites summary.json there, in which runs of one command differ in their seeds only.
+With --teacher and --folder it measures any other teacher.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from studies.bench import RunLog, machine, mean_interval  # noqa: E402
 from studies.commands import measured  # noqa: E402
 
-COMMAND = "distillation.py --ternary --qat --teacher smollm2 --save_metrics"
+COMMAND = "distillation.py --ternary --qat --teacher {} --save_metrics"
 
 
 def number(pattern: str, text: str) -> float:
@@ -66,13 +67,16 @@ def summarise(log: RunLog) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--teacher", default="smollm2")
+    parser.add_argument("--folder", type=Path, default=HERE)
     o, flags = parser.parse_known_args()
-    log = RunLog(HERE / "runs.jsonl")
+    o.folder.mkdir(exist_ok=True)
+    log = RunLog(o.folder / "runs.jsonl")
     for seed in o.seeds:
-        run = measured([*COMMAND.split(), *flags, "--seed", str(seed)])
+        run = measured([*COMMAND.format(o.teacher).split(), *flags, "--seed", str(seed)])
         log.append(run)
         print(f"{run['command']}: {run['seconds']:.0f} s, exit {run['exit']}", flush=True)
-        (HERE / "summary.json").write_text(json.dumps(summarise(log), indent=1) + "\n")
+        (o.folder / "summary.json").write_text(json.dumps(summarise(log), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 
 from hybrid_optimization import ConstrainedOptimizer
 from lowbit import UserError
+from lowbit.arguments import Parser
 from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.files.packed import save_packed
 from lowbit.models.decoder import CausalLM, ModelConfig
-from lowbit.options import Parser
 from lowbit.text.corpus import load_corpus
 from lowbit.text.tokenizers import ByteTokenizer
 

@@ -24,11 +24,14 @@ class Baseline:
     def __init__(self, o: argparse.Namespace, model: nn.Module, max_steps: int) -> None:
         self.optimizers = make_optimizers(o, model)
         self.lr, self.lr_schedule, self.max_steps = o.lr, o.lr_schedule, max_steps
+        self.decay_fraction = o.decay_fraction
         self._peaks = [[g["lr"] for g in opt.param_groups] for opt in self.optimizers]
 
     def step(self, t: int) -> float:
         """Step t, from 0, with the gradients that are there; returns its learning rate."""
-        factor = schedule_factor(t, self.max_steps, WARMUP_FRACTION, self.lr_schedule)
+        factor = schedule_factor(
+            t, self.max_steps, WARMUP_FRACTION, self.lr_schedule, self.decay_fraction
+        )
         for opt, peaks in zip(self.optimizers, self._peaks, strict=True):
             for group, peak in zip(opt.param_groups, peaks, strict=True):
                 group["lr"] = peak * factor

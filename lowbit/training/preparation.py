@@ -70,7 +70,7 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
     chosen = o.blocks_8bit is not None
     settle_by_teacher(o, tokenizer.name)
     settle_student(o, teacher)
-    settle_by_start(o)
+    settle_by_start(o, tokenizer.name)
     converts = o.student_init == "teacher" or not o.qat
     if o.calibrate and not converts:
         raise UserError("--calibrate with --qat needs --student_init teacher: nothing to round yet")

@@ -79,7 +79,7 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
             trust_radius_adaptation=o.trust_radius_adaptation,
             base_learning_rate=s.lr,
             step_length=ConstrainedOptimizer.RELATIVE_GAIN
-            * default("lr", "hybrid", o.student_init),
+            * default("lr", "hybrid", o.student_init, s.tokenizer.name),
             shrink_below=HybridTrainingConfig.shrink_below
             if o.student_init == "random"
             else SHRINK_BELOW_PRETRAINED,
@@ -89,6 +89,7 @@ def make_manager(s: Setup) -> HybridOptimizationManager:
             weight_decay=o.weight_decay,
             warmup_fraction=WARMUP_FRACTION,
             lr_schedule=o.lr_schedule,
+            decay_fraction=o.decay_fraction,
             clustering_warmup_steps=o.clustering_warmup_epochs * s.steps_per_epoch,
             seed=o.seed,
         )
