@@ -37,7 +37,7 @@ BY_START: dict[str, dict[str, tuple[Any, Any]]] = {
     "use_matrix_geometry": {"others": (False, True)},
 }
 #: What the hybrid has instead where it converts a teacher with a tokenizer. Longer steps early in
-#: the run leave the calibrated start of a large model, and gain nothing by its end (EXPERIMENTS.md).
+#: the run leave the calibrated start of a large model, and gain nothing in the end (EXPERIMENTS.md).
 CONVERSION_OF_TOKENS: dict[str, Any] = {"lr": 1.5e-4, "lr_schedule": "wsd", "decay_fraction": 0.5}
 STEPS_PER_EPOCH = 16  # of a run of bytes
 #: Defaults that depend on the teacher's vocabulary: (bytes, a tokenizer's).
@@ -213,7 +213,8 @@ def make_parser() -> Parser:
         choices=["linear", "cosine", "wsd", "constant"],
         help="after 5 %% warm-up; wsd is flat and falls at the end; all but constant end at 0 "
         + _by_start("lr_schedule")
-        + "; the hybrid converts a teacher with a tokenizer by wsd over half the run, at half the lr",
+        + "; hybrid, converting a teacher with a tokenizer: wsd, falling in half of the run, "
+        "at half the lr",
     )
     g.add_argument(
         "--decay_fraction",
@@ -416,11 +417,11 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def default(name: str, method: str, start: str, vocabulary: str = "bytes") -> Any:
-    """What BY_START and CONVERSION_OF_TOKENS say; start: "teacher" or "random"; vocabulary: "bytes"
-    or another."""
-    if (method, start) == ("hybrid", "teacher") and vocabulary != "bytes":
-        if name in CONVERSION_OF_TOKENS:
-            return CONVERSION_OF_TOKENS[name]
+    """What BY_START and CONVERSION_OF_TOKENS say; start: "teacher" or "random"; vocabulary:
+    "bytes" or another."""
+    converts = method == "hybrid" and start != "random" and vocabulary != "bytes"
+    if converts and name in CONVERSION_OF_TOKENS:
+        return CONVERSION_OF_TOKENS[name]
     rows = BY_START[name]
     from_teacher, from_scratch = rows[method if method in rows else "others"]
     return from_scratch if start == "random" else from_teacher
