@@ -37,7 +37,7 @@ BY_START: dict[str, dict[str, tuple[Any, Any]]] = {
     "use_matrix_geometry": {"others": (False, True)},
 }
 #: What the hybrid has instead where it converts a teacher with a tokenizer. Longer steps early in
-#: the run leave the calibrated start of a large model, and gain nothing in the end (EXPERIMENTS.md).
+#: the run leave the calibrated start of a large model, and gain nothing by its end: EXPERIMENTS.md.
 CONVERSION_OF_TOKENS: dict[str, Any] = {"lr": 1.5e-4, "lr_schedule": "wsd", "decay_fraction": 0.5}
 STEPS_PER_EPOCH = 16  # of a run of bytes
 #: Defaults that depend on the teacher's vocabulary: (bytes, a tokenizer's).
