@@ -30,6 +30,7 @@ from lowbit.export import find_packed  # noqa: E402
 from lowbit.generate import generate  # noqa: E402
 from lowbit.models.teacher import load_teacher  # noqa: E402
 from lowbit.text.corpus import load_corpus  # noqa: E402
+from lowbit.text.tokenizers import opened  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 from studies.commands import measured  # noqa: E402
 
@@ -77,6 +78,11 @@ def same_start(a: str, b: str) -> int:
     )
 
 
+def exported(packed: Path, kind: str, path: Path) -> dict[str, Any]:
+    words = ["-m", "lowbit.export", str(packed), "--to", "gguf", "--type", kind]
+    return measured([*words, "--output", str(path)], output=None)
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -85,32 +91,32 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=["q4_0"])
     o = parser.parse_args()
     packed = find_packed(o.student)
-    model, tokenizer = load_teacher(str(packed))
-    windows = load_corpus([], 256, tokenizer).held_out(o.windows).astype(np.int64)
-    logits = [model(torch.from_numpy(w[None, :-1])).logits[0].double() for w in windows]
-    ours = np.stack(
-        [
-            -x.log_softmax(-1).gather(-1, torch.from_numpy(w[1:, None]))[:, 0].numpy()
-            for x, w in zip(logits, windows, strict=True)
-        ]
-    )
-    texts = {
-        p: tokenizer.decode(generate(model, tokenizer.encode(p), TOKENS, temperature=0))
-        for p in PROMPTS
-    }
     log = RunLog(HERE / "runs.jsonl")
     with tempfile.TemporaryDirectory() as folder:
-        for kind in o.types:
-            path = Path(folder, f"{kind}.gguf")
-            words = ["-m", "lowbit.export", str(packed), "--to", "gguf", "--type", kind]
-            made = measured([*words, "--output", str(path)], output=None)
+        # First: a child's peak counts what its parent holds when it is started.
+        paths = {kind: Path(folder, f"{kind}.gguf") for kind in o.types}
+        made = {kind: exported(packed, kind, path) for kind, path in paths.items()}
+        model, tokenizer = load_teacher(str(packed))
+        windows = load_corpus([], 256, tokenizer).held_out(o.windows).astype(np.int64)
+        logits = [model(torch.from_numpy(w[None, :-1])).logits[0].double() for w in windows]
+        ours = np.stack(
+            [
+                -x.log_softmax(-1).gather(-1, torch.from_numpy(w[1:, None]))[:, 0].numpy()
+                for x, w in zip(logits, windows, strict=True)
+            ]
+        )
+        texts = {
+            p: tokenizer.decode(generate(model, opened(tokenizer, p), TOKENS, temperature=0))
+            for p in PROMPTS
+        }
+        for kind, path in paths.items():
             server = open_server(path, 512, threads=2)
             theirs = np.stack([engine_losses(server, w.tolist()) for w in windows])
             both = np.isfinite(theirs)
             ratio = math.exp(theirs[both].mean() - ours[both].mean())
             greedy = {}
             for prompt, text in texts.items():
-                found = engine_text(server, [int(i) for i in tokenizer.encode(prompt)])
+                found = engine_text(server, opened(tokenizer, prompt))
                 greedy[prompt] = {"ours": text, "engine": found, "same": same_start(text, found)}
             log.append(
                 {
@@ -123,9 +129,9 @@ def main() -> None:
                     "perplexity_ratio": ratio,
                     "gap_error": float((theirs - ours)[both].std() / math.sqrt(both.sum())),
                     "bytes": path.stat().st_size,
-                    "export_seconds": made["seconds"],
-                    "export_peak_bytes": made["peak_rss_bytes"],
-                    "printed": made["printed"],
+                    "export_seconds": made[kind]["seconds"],
+                    "export_peak_bytes": made[kind]["peak_rss_bytes"],
+                    "printed": made[kind]["printed"],
                     "greedy": greedy,
                     "xllamacpp": xllamacpp.__version__,
                     **machine(),

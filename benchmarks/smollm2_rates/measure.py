@@ -36,7 +36,7 @@ GRID: dict[str, tuple[str, ...]] = {
     "--weight_decay": ("0.01", "0", "0.3"),
     "--lr_schedule": ("linear", "cosine"),
 }
-HYBRID = ("--hybrid", "--hybrid --lr 3e-5", "--hybrid --lr 3e-3")
+HYBRID = ("--hybrid", "--hybrid --lr 1.5e-5", "--hybrid --lr 1.5e-3")
 
 
 class Runs:
