@@ -156,8 +156,8 @@ def make_parser() -> Parser:
         nargs="+",
         default=[],
         metavar="PATH",
-        help="self: the teacher writes the text; .txt, .md, .py, .jsonl, .jsonl.gz files or "
-        "folders (default: the documentation of "
+        help="self: the teacher writes the text; .txt, .md, .py, .jsonl, .jsonl.gz, .parquet or "
+        "folders of them (default: the documentation of "
         "the Python standard library, read from this interpreter)",
     )
     g.add_argument(
@@ -200,7 +200,8 @@ def make_parser() -> Parser:
         "--lr",
         type=positive,
         help="peak learning rate; hybrid: before the multiplier; prodigy: coefficient of its own "
-        + _by_start("lr"),
+        + _by_start("lr")
+        + f"; hybrid, converting a teacher with a tokenizer: {CONVERSION_OF_TOKENS['lr']:g}",
     )
     g.add_argument(
         "--weight_decay",
@@ -213,8 +214,7 @@ def make_parser() -> Parser:
         choices=["linear", "cosine", "wsd", "constant"],
         help="after 5 %% warm-up; wsd is flat and falls at the end; all but constant end at 0 "
         + _by_start("lr_schedule")
-        + "; hybrid, converting a teacher with a tokenizer: wsd, falling in half of the run, "
-        "at half the lr",
+        + "; hybrid, converting a teacher with a tokenizer: wsd, falling in half of the run",
     )
     g.add_argument(
         "--decay_fraction",
