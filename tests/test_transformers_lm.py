@@ -384,10 +384,18 @@ def test_smollm2_without_its_package(capsys, monkeypatch):
 # ------------------------------------------------------------------------------------------ GGUF
 
 
-def test_a_gguf_file_teaches(tmp_path):
+def test_a_gguf_file_teaches(tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
+    import gguf
+
     write_gguf(tmp_path / "tiny.gguf")
+    reads: list[object] = []
+    read = gguf.GGUFReader.__init__
+    monkeypatch.setattr(
+        gguf.GGUFReader, "__init__", lambda self, *a: (reads.append(a), read(self, *a))[1]
+    )
     teacher, tokenizer = load_teacher(str(tmp_path / "tiny.gguf"))
+    assert len(reads) == 1  # of a large vocabulary each takes many seconds
     want = tiny_net("llama", vocab_size=300)
     with torch.no_grad():
         expected = want(IDS).logits
