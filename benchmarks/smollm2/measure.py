@@ -42,7 +42,7 @@ def summarise(log: RunLog) -> dict:
                 "n": len(runs),
                 "loss": mean,
                 "loss_ci95": ci95 if len(runs) > 1 else None,
-                "teacher": number(r"teacher +(\d\S+)", printed[0]),
+                "teacher": number(r"\n  teacher +(\d\S+)", printed[0]),
                 "kl": [number(r"KL to the teacher (\d+\.\d+)", p) for p in printed],
                 "start": [number(r"student: (\S+) before", p) for p in printed],
                 "after": [number(r"before training, (\d+\.\d+)", p) for p in printed],
