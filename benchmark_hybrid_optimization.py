@@ -46,6 +46,7 @@ from lowbit.options import (
     settle_by_teacher,
 )
 from lowbit.text.sampler import StratifiedSampler
+from lowbit.text.tokenizers import ByteTokenizer
 from lowbit.training import validation
 from lowbit.training.baselines import Baseline
 from lowbit.training.step import Setup, make_manager
@@ -188,7 +189,11 @@ def run_digits(
     )
     steps = STEPS_PER_EPOCH * o.epochs
     setup: Any = SimpleNamespace(
-        options=o, lr=o.lr, max_steps=steps, steps_per_epoch=STEPS_PER_EPOCH
+        options=o,
+        lr=o.lr,
+        max_steps=steps,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        tokenizer=ByteTokenizer(),  # not that there is text: defaults are those of bytes
     )
     started, waited = time.perf_counter(), 0.0
     manager = make_manager(setup) if o.hybrid else None

@@ -36,6 +36,7 @@ CASES = [  # three epochs of three steps; between them every pair of what change
     ("--hybrid --ternary --qat --activation_checkpointing --max_grad_norm 1", 8),
     ("--hybrid --qat --initial_trust_radius 0.001 --trust_radius_adaptation=false", 5),
     ("--ternary --qat --optimizer adamw --save_metrics --lr_schedule wsd --weight_decay 1", 4),
+    ("--ternary --qat --optimizer sgd --lr_schedule wsd --decay_fraction 0.4", 6),
     ("--qat --optimizer sgd --calibrate --temperature 2 --alpha 0.2 --hidden_weight 2", 6),
     ("--ternary --optimizer muon --quant_warmup 0.5 --qat --adamw_momentum 0.8", 5),
     ("--ternary --qat --optimizer schedulefree", 4),
