@@ -380,8 +380,6 @@ def attack(
 
 def summary(log: Path) -> dict[str, Any]:
     """A log's rows, added up over each kind."""
-    from studies.bench import machine
-
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     kinds: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -392,7 +390,7 @@ def summary(log: Path) -> dict[str, Any]:
         for key in ("slowest_seconds", "peak_bytes"):
             of_kind[key] = max(of_kind.get(key, 0), row[key])
     total = {key: sum(k[key] for k in kinds.values()) for key in ("inputs", "escapes")}
-    return {**total, "kinds": kinds, **machine(), "commits": sorted({r["commit"] for r in rows})}
+    return {**total, "kinds": kinds, "commits": sorted({r["commit"] for r in rows})}
 
 
 def main() -> None:
@@ -414,6 +412,8 @@ def main() -> None:
         return
     with working_folder() as folder:
         sound = make_sound(Path(folder))
+        from studies.bench import machine
+
         ends = time.monotonic() + 60 * o.minutes
         # Slow ones first: the others share what is left of inputs and of time.
         kinds = sorted(sound, key=lambda kind: (*SLOW, kind).index(kind))
@@ -429,13 +429,11 @@ def main() -> None:
             for escape in found["escapes"][:20]:
                 print("   ", *escape, flush=True)
             if o.log:
-                from studies.bench import machine
-
                 with o.log.open("a") as f:
                     f.write(json.dumps({**found, **machine()}) + "\n")
 
     if o.log:
-        sums = json.dumps(summary(o.log), indent=1)
+        sums = json.dumps({**summary(o.log), **machine()}, indent=1)
         (o.log.parent / "summary.json").write_text(sums + "\n")
 
 

@@ -26,8 +26,9 @@ from lowbit.models.transformers_lm import FAMILIES as TRIED
 from lowbit.models.transformers_lm import TransformersLM, build_transformers, clone, from_config
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import QATLinear, latent, low_bit_layers, quantize_model
-from lowbit.text.self_written import chat_turns
-from lowbit.text.tokenizers import TeacherTokenizer, tokenizer_from
+from lowbit.text.corpus import load_corpus
+from lowbit.text.self_written import chat_turns, written_by
+from lowbit.text.tokenizers import ByteTokenizer, TeacherTokenizer, opened, tokenizer_from
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.from_numpy(np.random.default_rng(0).integers(2, 300, (2, 24)))
@@ -457,10 +458,6 @@ def test_a_tokenizer_at_which_rust_panics(llama, capsys, monkeypatch):
 @pytest.mark.parametrize("form", ["gguf", "folder"])
 def test_a_text_begins_as_the_teacher_was_trained(tmp_path, form):
     """Windows, prompts and what the teacher writes have its beginning of text, and files tell."""
-    from lowbit.text.corpus import load_corpus
-    from lowbit.text.self_written import written_by
-    from lowbit.text.tokenizers import opened
-
     if form == "gguf":
         path = write_gguf(tmp_path / "t.gguf", layers=1, opens=True)
     else:
@@ -488,8 +485,6 @@ def test_a_text_begins_as_the_teacher_was_trained(tmp_path, form):
 
 
 def test_a_text_begins_with_nothing_else():
-    from lowbit.text.tokenizers import ByteTokenizer, TeacherTokenizer, opened
-
     for tokenizer in (ByteTokenizer(), TeacherTokenizer(tiny_tokenizer(), 320)):
         assert tokenizer.opening is None
         assert opened(tokenizer, "The end") == tokenizer.encode("The end").tolist()
