@@ -171,6 +171,7 @@ _GROUP_RULES: dict[str, _Rule] = {
         "None or a floating-point torch.dtype",
     ),
     "active_share": (_number(0, 1), "a share in [0, 1]"),
+    "least_share": (_number(0, 1), "a share in [0, 1]"),
     "spike_limit": (lambda x: x == math.inf or _POSITIVE[0](x), "above 0"),
     "compensated": _BOOLEAN,
     "kind": (lambda x: x is None or x in _KINDS, f"None or one of {', '.join(_KINDS)}"),
@@ -840,8 +841,9 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     Length. Matrices and embeddings move by a share of their own size: at lr 1e-3 the root mean
     square of the proposed entries is up to 2 % of the weights' in the diagonal metric, and in a
-    matrix's 0.75 sqrt(a) as much, a = larger side / smaller side, at most 4. Vectors move as in
-    Adam at 3 lr.
+    matrix's 0.75 sqrt(a) as much, a = larger side / smaller side, at most 4. With least_share a
+    matrix's step has at least that share of this, as long as its gradient has its usual size.
+    Vectors move as in Adam at 3 lr.
 
     Region. For each parameter cluster c the proposal d_c, decay included, is cut to
     ||d_c||_2 <= mu_c ||Theta_c||_2 (||Theta_c|| at least a tenth of a usual start's, so that
@@ -864,11 +866,12 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     metric_decay (of entries' squares), matrix_metric_decay, weight_decay (decoupled; below 6e-8 of
     a weight a step it waits until it adds up to 2e-6), compensated, use_matrix_geometry,
     refresh_every (steps between roots, in the end: at step t at most 2 + t / SETTLED), damping (of
-    the mean eigenvalue), largest_block, product_dtype (of the metric's products; None: bfloat16
-    where `native_bfloat16`, else float32), kind, clusters (one integer a parameter). What regions
-    do (use_trust_region, adapt_radius, active_share) and spike_limit are read from the first group
-    that has a gradient. A parameter that was resized in place starts anew. Raises ValueError for
-    options that make no sense, RuntimeError for sparse or complex gradients and sharded parameters.
+    the mean eigenvalue), least_share, largest_block, product_dtype (of the metric's products; None:
+    bfloat16 where `native_bfloat16`, else float32), kind, clusters (one integer a parameter). What
+    regions do (use_trust_region, adapt_radius, active_share) and spike_limit are read from the
+    first group that has a gradient. A parameter that was resized in place starts anew. Raises
+    ValueError for options that make no sense, RuntimeError for sparse or complex gradients and
+    sharded parameters.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
@@ -906,6 +909,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         product_dtype: torch.dtype | None = None,
         active_share: float = 0.3,
         spike_limit: float = 3.0,
+        least_share: float = 0.0,
         compensated: bool = False,
     ) -> None:
         defaults = dict(
@@ -924,6 +928,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             product_dtype=product_dtype,
             active_share=active_share,
             spike_limit=spike_limit,
+            least_share=least_share,
             compensated=compensated,
             kind=None,
             clusters=None,
@@ -1435,6 +1440,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         dtype = group["product_dtype"]
         if dtype is None:
             dtype = torch.bfloat16 if native_bfloat16(g.device) else torch.float32
+        norm = bucket.norm(g) if group["least_share"] > 0 else None
         lead = () if bucket.alone else (len(bucket.params),)
         g, ahead = (x.reshape(*lead, len(bucket.params[0]), -1).to(dtype) for x in (g, ahead))
         wide = g.shape[-2] < g.shape[-1]
@@ -1476,8 +1482,15 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         # Of the length of the first side's step, which is short where gradients disagree; of the
         # size of Adam's entries, times WHITENED_GAIN and the root of the aspect ratio: wide
         # matrices bear longer steps than square ones (EXPERIMENTS.md).
-        gain = factor * self.WHITENED_GAIN * math.sqrt(large * min(large / small, 4.0))
-        length = bucket.norm(ahead) * gain
+        gain = self.WHITENED_GAIN * math.sqrt(large * min(large / small, 4.0))
+        length = bucket.norm(ahead) * (factor * gain)
+        if norm is not None:
+            # Gradients of low rank leave most of a damped metric empty, and such a step is short.
+            # The trace is the running mean of ||G||^2: a gradient that fades takes its step along.
+            trace = bucket["inner"].diagonal(dim1=-2, dim2=-1).reshape(*lead, -1).sum(-1)
+            usual = (trace.reshape(-1) / (1 - decay**t)).sqrt().clamp_min(1e-30)
+            least = group["least_share"] * gain * math.sqrt(small)
+            length = length.clamp_min((norm / usual).clamp(max=1) * least)
         scale = torch.where(length > 0, length / bucket.norm(d).clamp_min(1e-30), 1.0)
         return (d.mT if wide else d).reshape(*lead, *bucket.shape), scale, length
 
@@ -1633,7 +1646,13 @@ class Guidance:
 
 
 #: What `HybridOptimizer` starts from, by where the weights come from (EXPERIMENTS.md).
-_FROM_SCRATCH = {"lr": 6e-3, "momentum": 0.8, "weight_decay": 0.5, "use_matrix_geometry": True}
+_FROM_SCRATCH = {
+    "lr": 6e-3,
+    "momentum": 0.8,
+    "weight_decay": 0.5,
+    "use_matrix_geometry": True,
+    "least_share": 0.3,
+}
 _PRETRAINED = {"lr": 3e-4, "momentum": 0.6, "weight_decay": 1e-5, "use_matrix_geometry": False}
 #: What is near a start that is worth keeping is not to be left by long steps.
 SHRINK_BELOW_PRETRAINED = -0.4
@@ -1660,6 +1679,14 @@ class HybridOptimizer(ConstrainedOptimizer):
     peak), or one that writes group["lr"] from the first step on (whose peak is lr). Rates that are
     written later are factors of the schedule.
 
+    Average. Steps that stay long leave the weights shaking around a better place, which their mean
+    is nearer to. `eval` puts the mean of about the last ninth of the steps into the model, `train`
+    puts the weights back that steps go on from, as in schedule-free optimisers (arXiv 2405.15682);
+    transformers' Trainer and accelerate call both. Where the rate falls to 0 the window shrinks
+    with it, and the mean ends at the weights. average: True or False; None, the default, is True
+    without max_steps. It costs as many bytes as the weights have in float32. Statistics of
+    BatchNorm are not averaged: `torch.optim.swa_utils.update_bn` after `eval` makes them anew.
+
     Guidance is `Guidance`: it needs no loss, but is shown one by a closure or by `observe`. Its
     multiplier is of step_length, so the size of lr does not matter: its course does, and how rates
     of groups compare. What was used is group["guided_lr"]; group["lr"] is never written.
@@ -1670,6 +1697,7 @@ class HybridOptimizer(ConstrainedOptimizer):
 
     ANNEAL = 100  # steps before a rate without a horizon begins to fall
     WARMUP = 20  # its steps of warm-up
+    WINDOW = 9  # the mean is of about 1 / WINDOW of the steps
     LONGEST_WARMUP = 100  # steps
     OVERTIME = 0.5  # of the rate, just after max_steps
 
@@ -1683,9 +1711,12 @@ class HybridOptimizer(ConstrainedOptimizer):
         warmup_fraction: float = 0.05,
         step_length: float | None = None,
         guided: bool = True,
+        average: bool | None = None,
         seed: int = 0,
         **options: Any,
     ) -> None:
+        if average is not None:
+            _check("average", average, _BOOLEAN)
         if max_steps is not None:
             _check("max_steps", max_steps, _COUNT)
         if step_length is not None:
@@ -1712,10 +1743,13 @@ class HybridOptimizer(ConstrainedOptimizer):
         self._outer = False  # somebody else's schedule is at work
         self._scheduled = schedule
         self._by_length = guided or step_length is not None  # not by the size of lr
+        self._average = max_steps is None if average is None else bool(average)
+        self._averaged = False  # the model holds the mean
 
     # An optimiser is copied and pickled by what torch names, plus this.
     _OWN = ("max_steps", "warmup_fraction", "guidance", "steps", "_moved", "_ending", "_loss",
-            "_known_lr", "_peak", "_outer", "_scheduled", "_by_length")  # fmt: skip
+            "_known_lr", "_peak", "_outer", "_scheduled", "_by_length", "_average",
+            "_averaged")  # fmt: skip
     _known_lr, steps = 0.0, 0  # before there are any
     _STATE_BYTES = 1 << 16  # always as many: a checkpoint is read into what a fresh optimiser holds
 
@@ -1784,7 +1818,12 @@ class HybridOptimizer(ConstrainedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step. A gradient that is not finite skips it: weights, moments and guidance stay."""
+        """One step. A gradient that is not finite skips it: weights, moments and guidance stay.
+        RuntimeError between `eval` and `train`."""
+        if self._averaged:
+            raise RuntimeError(
+                "step: the model holds averaged weights; call the optimiser's train() after eval()"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -1797,6 +1836,7 @@ class HybridOptimizer(ConstrainedOptimizer):
         self.steps += 1
         if not math.isfinite(magnitude) or not magnitude:
             self._take(None, 0.0, 1.0, 1.0, False, magnitude)
+            self._join_average(step, share)
             return loss
         state = guidance.describe(self._loss, magnitude, 0, step)
         # Without a horizon guidance fades as the rate does.
@@ -1815,6 +1855,7 @@ class HybridOptimizer(ConstrainedOptimizer):
         measured = learns and left > 0
         self._take(None, factor, share * 10.0**shift, cap, measured, magnitude)
         self._moved += share > 0
+        self._join_average(step, share)
         guidance.learn_from(
             self,
             measured=measured,
@@ -1822,6 +1863,60 @@ class HybridOptimizer(ConstrainedOptimizer):
             settles=share > 0 and self._moved <= settling and self.param_groups[0]["adapt_radius"],
         )
         return loss
+
+    def _join_average(self, step: int, share: float) -> None:
+        """After a step: its weights join their mean, whose window is as long as what is left of the
+        rate's last fall allows."""
+        if not self._average:
+            return
+        taken, left = self._moved, 1.0
+        if self._outer:
+            left = share
+        elif self._scheduled and self.max_steps is not None:
+            if step < self.max_steps:
+                left = (self.max_steps - step) / self.max_steps
+            else:
+                taken = step - self.max_steps  # a new mean, of what comes after
+        if self._ending is not None:
+            left *= max(0.0, 1 - (step - self._ending[0]) / self._ending[1])
+        joining: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # by the weight of the newest
+        for p, state in self.state.items():
+            if "mean" not in state:
+                continue
+            dtype = torch.float32 if p.dtype in _HALF else p.dtype
+            if "average" not in state:
+                state["average"] = p.detach().to(dtype, copy=True)
+                continue
+            count = max(1, min(taken, state["step"]))  # fewer steps of what was thawed
+            rate = self.WINDOW / (count + self.WINDOW - 1)
+            means, weights = joining.setdefault(min(rate / max(left, 1e-30), 1.0), ([], []))
+            means.append(state["average"])
+            weights.append(p.detach().to(dtype))
+        for rate, (means, weights) in joining.items():
+            torch._foreach_lerp_(means, weights, rate)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Put the averaged weights into the model, to evaluate, save or talk to it; `train` before
+        the next step. Nothing happens where nothing is averaged."""
+        if self._averaged or not self._average or not self.steps:
+            return
+        self._averaged = True
+        for p, state in self.state.items():
+            if "average" in state and state["average"].shape == p.shape:
+                state["trained"] = p.detach().clone()
+                p.copy_(state["average"])
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> None:
+        """Put back the weights that steps go on from; with mode False `eval`."""
+        if not mode:
+            return self.eval()
+        if self._averaged:
+            self._averaged = False
+            for p, state in self.state.items():
+                if "trained" in state:
+                    p.copy_(state.pop("trained"))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the first group holds the rest, as bytes."""

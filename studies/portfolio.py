@@ -7,9 +7,10 @@ is made by its seed: the model's weights and the order of batches; the split is 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -19,7 +20,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from hybrid_optimization import schedule_factor
+from hybrid_optimization import HybridOptimizer, schedule_factor
 from lowbit.options import WARMUP_FRACTION
 
 SPLIT_SEED = 7
@@ -32,6 +33,7 @@ class Problem:
     loss: Callable[[], torch.Tensor]  # of a batch, with gradients
     held_out: Callable[[], float]
     steps: int
+    inputs: Sequence[torch.Tensor]  # of all that is trained on, in batches
 
 
 def problem(
@@ -63,7 +65,8 @@ def problem(
         model.eval()
         return float(loss(model(x[test]), y[test]))
 
-    return Problem(model, draw, held_out, steps)
+    inputs = x[torch.from_numpy(train)].split(batch)
+    return Problem(model, draw, held_out, steps, inputs)
 
 
 @cache
@@ -227,8 +230,9 @@ def run(
     *,
     linear: bool,
 ) -> float:
-    """Held-out loss after the task's steps; infinite where it is not a number. linear: the rates
-    rise over a twentieth of the run and fall to 0; False where optimisers see to that."""
+    """Held-out loss after the task's steps, of averaged weights where an optimiser averages;
+    infinite where it is not a number. linear: the rates rise over a twentieth of the run and fall
+    to 0; False where optimisers see to that."""
     torch.manual_seed(seed)
     p = TASKS[task](seed)
     optimizers = make(p.model)
@@ -243,5 +247,11 @@ def run(
         p.loss().backward()
         for opt in optimizers:
             opt.step()
+    before = copy.deepcopy(p.model.state_dict())
+    for opt in optimizers:
+        if isinstance(opt, HybridOptimizer):
+            opt.eval()
+    if any(not torch.equal(before[k], v) for k, v in p.model.state_dict().items()):
+        torch.optim.swa_utils.update_bn(p.inputs, p.model)
     found = p.held_out()
     return found if math.isfinite(found) else math.inf

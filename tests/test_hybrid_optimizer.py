@@ -478,8 +478,10 @@ def test_hooks_are_called_once():
     assert calls == ["before", "after"] * 2
 
 
-def test_a_checkpoint_in_files_goes_on(tmp_path):
-    """Read into the state of a fresh optimiser, as torch.distributed.checkpoint does."""
+@pytest.mark.parametrize("horizon", [None, 40])
+def test_a_checkpoint_in_files_goes_on(tmp_path, horizon):
+    """Read into the state of a fresh optimiser, as torch.distributed.checkpoint does; it has to
+    hold the same tensors, so it averages if the saved one did."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         get_optimizer_state_dict,
@@ -487,17 +489,21 @@ def test_a_checkpoint_in_files_goes_on(tmp_path):
     )
 
     model = make_net()
-    optimizer = HybridOptimizer(model, max_steps=40)
+    optimizer = HybridOptimizer(model, max_steps=horizon)
     train(model, optimizer, 6)
     dcp.save({"o": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path)
     twin = make_net()
     twin.load_state_dict(model.state_dict())
-    resumed = HybridOptimizer(twin)
+    resumed = HybridOptimizer(twin, average=horizon is None)
     state = {"o": get_optimizer_state_dict(twin, resumed)}
     dcp.load(state, checkpoint_id=tmp_path)
     set_optimizer_state_dict(twin, resumed, state["o"])
     same(optimizer.guidance.state_dict()["network"], resumed.guidance.state_dict()["network"])
-    assert (resumed.steps, resumed.max_steps) == (6, 40)
+    assert (resumed.steps, resumed.max_steps) == (6, horizon)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert ("average" in resumed.state[q]) == (horizon is None)
+        if horizon is None:
+            assert torch.equal(optimizer.state[p]["average"], resumed.state[q]["average"])
     assert train(twin, resumed, 34) == pytest.approx(train(model, optimizer, 34), rel=0.05)
 
 
@@ -555,3 +561,207 @@ def test_swings_shorten_steps_near_a_start_that_is_worth_keeping(pretrained, kap
     guidance.lead(AfterStep(), guidance.describe(1.0, 1.0, 0, 1), left=1.0)  # type: ignore[arg-type]
     assert guidance.kappa == pytest.approx(kappa)
     assert guidance.length - before == pytest.approx(decades, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------ averaged weights
+
+
+def test_the_average_is_a_running_mean_of_the_weights():
+    """In float64, step by step: the weight of step t is 9 / (t + 8)."""
+    model = make_net().double()
+    optimizer = HybridOptimizer(model)
+    x, y = digits()
+    wanted = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for t in range(1, 31):
+        backward(model, x.double(), y)
+        optimizer.step()
+        for n, p in model.named_parameters():
+            wanted[n] += (p.detach() - wanted[n]) * min(9 / (t + 8), 1)
+    trained = state_of(model)
+    optimizer.eval()
+    optimizer.eval()  # once is enough
+    for n, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), wanted[n], rtol=1e-12, atol=1e-14)
+    with pytest.raises(RuntimeError, match=r"call the optimiser's train\(\)"):
+        optimizer.step()
+    optimizer.train()
+    same(trained, state_of(model))
+    train(model.float(), HybridOptimizer(model), 1)
+
+
+def test_looking_at_the_average_changes_nothing():
+    ends = []
+    for looks in (False, True):
+        model = make_net()
+        optimizer = HybridOptimizer(model)
+        for _ in range(12):
+            train(model, optimizer, 1)
+            if looks:
+                optimizer.train(False)
+                optimizer.train()
+        ends.append(state_of(model))
+    same(*ends)
+
+
+@pytest.mark.parametrize("how", ["horizon", "end_in", "scheduler"])
+def test_where_the_rate_falls_to_nothing_the_average_ends_at_the_weights(how):
+    model = make_net()
+    optimizer = HybridOptimizer(model, max_steps=20 if how == "horizon" else None, average=True)
+    scheduler = None
+    if how == "scheduler":
+        line = torch.optim.lr_scheduler.LambdaLR
+        scheduler = line(optimizer, lambda t: max(1 - t / 19, 0.0))
+    for t in range(20):
+        if how == "end_in" and t == 10:
+            optimizer.end_in(9)
+        train(model, optimizer, 1)
+        if scheduler is not None:
+            scheduler.step()
+        if t == 5:
+            trained = state_of(model)
+            optimizer.eval()
+            assert not torch.equal(trained["0.weight"], model[0].weight)
+            optimizer.train()
+    trained = state_of(model)
+    optimizer.eval()
+    for k, v in model.state_dict().items():
+        torch.testing.assert_close(v, trained[k], rtol=0, atol=1e-7)
+
+
+def test_the_average_of_a_noisy_bowl_is_nearer_to_its_bottom():
+    """Under a rate that never falls the weights shake around it."""
+    torch.manual_seed(0)
+    bottom = torch.randn(32, 32)
+    p = nn.Parameter(torch.zeros(32, 32))
+    optimizer = HybridOptimizer([p], schedule=False, weight_decay=0.0)
+    for _ in range(300):
+        p.grad = p.detach() - bottom + torch.randn(32, 32)
+        optimizer.step()
+    shaking = float((p.detach() - bottom).norm())
+    optimizer.eval()
+    assert float((p.detach() - bottom).norm()) < 0.6 * shaking
+
+
+@pytest.mark.parametrize("looking", [False, True])
+def test_a_run_with_an_average_goes_on_to_the_bit(looking):
+    """Saved while training, or with the average in the model, as Trainer does after evaluation."""
+    model = make_net()
+    optimizer = HybridOptimizer(model)
+    train(model, optimizer, 8)
+    if looking:
+        optimizer.eval()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    twin = make_net()
+    twin.load_state_dict(saved["model"])
+    resumed = HybridOptimizer(twin)
+    resumed.load_state_dict(saved["optimizer"])
+    for m, o in ((model, optimizer), (twin, resumed)):
+        o.train()
+        train(m, o, 5)
+        o.eval()
+    same(state_of(model), state_of(twin))
+
+
+def test_averages_of_half_precision_are_float32():
+    model = make_net().bfloat16()
+    optimizer = HybridOptimizer(model)
+    x, y = digits()
+    for _ in range(6):
+        backward(model, x.bfloat16(), y)
+        optimizer.step()
+    trained = state_of(model)
+    means = {id(p): s["average"] for p, s in optimizer.state.items()}
+    assert {m.dtype for m in means.values()} == {torch.float32}
+    optimizer.eval()
+    for p in model.parameters():
+        assert torch.equal(p.detach(), means[id(p)].bfloat16())
+    optimizer.train()
+    same(trained, state_of(model))
+
+
+def test_nothing_is_averaged_where_the_horizon_is_known_unless_asked():
+    for options, average in (
+        ({"max_steps": 8}, False),
+        ({"max_steps": 8, "average": True}, True),
+        ({"average": False}, False),
+        ({}, True),
+    ):
+        model = make_net()
+        optimizer = HybridOptimizer(model, **options)
+        train(model, optimizer, 2)
+        before = state_of(model)
+        optimizer.eval()
+        assert average == any("average" in state for state in optimizer.state.values())
+        if not average:
+            same(before, state_of(model))
+            train(model, optimizer, 1)
+    with pytest.raises(ValueError, match="average must be True or False"):
+        HybridOptimizer(make_net(), average=1)
+
+
+def test_the_average_of_what_was_thawed_is_of_its_own_steps():
+    model = make_net()
+    model[4].requires_grad_(False)
+    optimizer = HybridOptimizer(model)
+    train(model, optimizer, 30)
+    model[4].requires_grad_(True)
+    seen = []
+    for _ in range(9):
+        train(model, optimizer, 1)
+        seen.append(model[4].weight.detach().clone())
+    wanted = torch.zeros_like(seen[0])
+    for t, w in enumerate(seen, 1):
+        wanted += (w - wanted) * min(9 / (t + 8), 1)
+    optimizer.eval()
+    torch.testing.assert_close(model[4].weight.detach(), wanted)
+
+
+# ------------------------------------------------------------------------------ the least share
+
+
+def low_rank(rows: int, columns: int, t: int) -> torch.Tensor:
+    """A gradient of rank 1 that swings."""
+    a, b = torch.linspace(1, 2, rows), torch.linspace(-1, 1, columns)
+    return torch.outer(a, b) * (-1) ** t
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40), (8, 3, 2, 2)])
+def test_a_step_has_at_least_its_share_of_the_longest(shape):
+    """Closed form: 2 % of the weights' root mean square at lr 1e-3, times 0.75 sqrt(aspect)."""
+    rows, columns = shape[0], torch.Size(shape[1:]).numel()
+    large, small = max(rows, columns), min(rows, columns)
+    longest = 1e-3 * 20 * 0.75 * min(large / small, 4) ** 0.5
+    shares = {}
+    for least in (0.0, 0.3):
+        p = nn.Parameter(torch.ones(shape))
+        group = {"params": [p], "kind": "matrix"}
+        optimizer = ConstrainedOptimizer([group], least_share=least, use_trust_region=False)
+        for t in range(12):
+            p.grad = low_rank(rows, columns, t).reshape(shape)
+            before = p.detach().clone()
+            optimizer.step()
+            size = float(before.square().mean().sqrt())
+            shares[least] = float((p.detach() - before).square().mean().sqrt()) / size / longest
+    assert shares[0.0] < 0.15
+    assert shares[0.3] == pytest.approx(0.3, rel=1e-3)
+
+
+def test_a_gradient_that_fades_takes_its_step_along():
+    """Of zeros it leaves what momentum leaves without a least share; of a tenth, a tenth."""
+    lengths: dict[float, list[float]] = {}
+    for least in (0.0, 0.9):
+        p = nn.Parameter(torch.ones(16, 16))
+        group = {"params": [p], "kind": "matrix"}
+        optimizer = ConstrainedOptimizer([group], least_share=least, use_trust_region=False)
+        torch.manual_seed(0)
+        for t in range(30):
+            p.grad = torch.randn(16, 16) if t < 10 else torch.zeros(16, 16)
+            before = p.detach().clone()
+            optimizer.step()
+            moved = float((p.detach() - before).norm() / before.norm())
+            lengths.setdefault(least, []).append(moved)
+    assert min(lengths[0.9][:10]) > 1.9 * max(lengths[0.0][5:10])
+    assert lengths[0.9][10:] == pytest.approx(lengths[0.0][10:], rel=0.02)

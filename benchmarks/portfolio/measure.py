@@ -1,7 +1,7 @@
 """One configuration of HybridOptimizer on small tasks of many kinds, against AdamW and Muon tuned
 for each of them:
 
-    python benchmarks/portfolio/measure.py [--seeds 3] [--tasks "digits, MLP" ...]
+    python benchmarks/portfolio/measure.py [--seeds 5] [--tasks "digits, MLP" ...]
 
 Appends a line to runs.jsonl for each run that is not there yet (of the hybrid: of this code), and
 rewrites summary.json and table.md.
@@ -78,6 +78,7 @@ def variants(steps: int) -> dict[str, dict[str, Any]]:
         "no horizon": {},
         "horizon / 10": {"max_steps": steps // 10},
         "horizon x 10": {"max_steps": 10 * steps},
+        "horizon x 10, averaged": {"max_steps": 10 * steps, "average": True},
         "step_length / 5": {"max_steps": steps, "step_length": 0.12 / 5},
         "step_length x 5, cut to 0.14": {"max_steps": steps, "step_length": 0.12 * 5},
         "no guidance": {"max_steps": steps, "guided": False},
@@ -108,7 +109,7 @@ def loss_of(log: RunLog, task: str, method: str, options: Any, seed: int, make: 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     o = parser.parse_args()
     torch.set_num_threads(1)
