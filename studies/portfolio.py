@@ -34,6 +34,7 @@ class Problem:
     held_out: Callable[[], float]
     steps: int
     inputs: Sequence[torch.Tensor]  # of all that is trained on, in batches
+    batch: int  # samples a step; may be set
 
 
 def problem(
@@ -53,10 +54,10 @@ def problem(
     waiting: list[int] = []
 
     def draw() -> torch.Tensor:
-        while len(waiting) < batch:
+        while len(waiting) < found.batch:
             waiting.extend(rng.permutation(train))
-        picked = torch.tensor(waiting[:batch])
-        del waiting[:batch]
+        picked = torch.tensor(waiting[: found.batch])
+        del waiting[: found.batch]
         model.train()
         return loss(model(x[picked]), y[picked])
 
@@ -66,7 +67,8 @@ def problem(
         return float(loss(model(x[test]), y[test]))
 
     inputs = x[torch.from_numpy(train)].split(batch)
-    return Problem(model, draw, held_out, steps, inputs)
+    found = Problem(model, draw, held_out, steps, inputs, batch)
+    return found
 
 
 @cache
@@ -229,12 +231,14 @@ def run(
     make: Callable[[nn.Module], list[torch.optim.Optimizer]],
     *,
     linear: bool,
+    batch: float = 1.0,
 ) -> float:
     """Held-out loss after the task's steps, of averaged weights where an optimiser averages;
     infinite where it is not a number. linear: the rates rise over a twentieth of the run and fall
-    to 0; False where optimisers see to that."""
+    to 0; False where optimisers see to that. batch: times the task's own."""
     torch.manual_seed(seed)
     p = TASKS[task](seed)
+    p.batch = max(1, round(p.batch * batch))
     optimizers = make(p.model)
     rates = [[g["lr"] for g in opt.param_groups] for opt in optimizers]
     for t in range(p.steps):
