@@ -56,20 +56,28 @@ def main() -> None:
     o = parser.parse_args()
     torch.set_num_threads(1)
     log = RunLog(HERE / "divergence.jsonl")
-    table: dict[str, dict[str, Any]] = {}
     for task in o.tasks:
-        table[task] = {}
         for batch in BATCHES:
-            runs = [one(log, task, batch, seed) for seed in range(o.seeds)]
-            losses = [r["loss"] for r in runs]
-            table[task][f"batch x {batch:g}"] = {
-                "runs": len(runs),
-                "diverged": sum(not r["loss"] <= r["start"] for r in runs),
-                "start": median(r["start"] for r in runs),
-                "median": median(losses),
-                "worst": max(losses),
-            }
-            print(task, batch, table[task][f"batch x {batch:g}"], flush=True)
+            losses = [one(log, task, batch, seed)["loss"] for seed in range(o.seeds)]
+            print(task, batch, median(losses), max(losses), flush=True)
+    write(RunLog(log.path))  # another process may have written to it
+
+
+def write(log: RunLog) -> None:
+    """divergence.json, of all runs of this code in the log."""
+    table: dict[str, dict[str, Any]] = {}
+    for task in TASKS:
+        for batch in BATCHES:
+            key = {"task": task, "batch": batch, "code": CODE}
+            runs = [r for r in log.runs if all(r[k] == v for k, v in key.items())]
+            if runs:
+                table.setdefault(task, {})[f"batch x {batch:g}"] = {
+                    "runs": len(runs),
+                    "diverged": sum(not r["loss"] <= r["start"] for r in runs),
+                    "start": median(r["start"] for r in runs),
+                    "median": median(r["loss"] for r in runs),
+                    "worst": max(r["loss"] for r in runs),
+                }
     cells = [cell for row in table.values() for cell in row.values()]
     summary = {
         "command": "python benchmarks/portfolio/divergence.py",

@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, geometric_mean
+from statistics import fmean, geometric_mean, stdev
 from typing import Any
 
 import torch
@@ -137,27 +137,36 @@ def main() -> None:
 
 
 def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
-    """summary.json: means and ratios; table.md: the same for people."""
+    """summary.json: means and ratios; table.md: the same for people.
+
+    Errors are standard errors over seeds; a ratio's interval is two of them either way, of its
+    logarithm, to first order (a mean's relative error is that of its logarithm)."""
     names = list(next(iter(table.values())))
     means = {t: {n: fmean(r[n]["losses"]) for n in names} for t, r in table.items()}
-    ours = {t: m["as it is"] for t, m in means.items()}
-    ratios = {
-        n: {t: (ours[t] / m[n] if n in ("adamw", "muon") else m[n] / ours[t])
-            for t, m in means.items()}
-        for n in names if n != "as it is"
-    }  # fmt: skip
+    errors = {
+        t: {n: stdev(r[n]["losses"]) / math.sqrt(seeds) if seeds > 1 else 0.0 for n in names}
+        for t, r in table.items()
+    }
+
+    def ratios(n: str) -> dict[str, Any]:
+        """Of AdamW and Muon ours over theirs, of a variant its loss over ours."""
+        above, below = ("as it is", n) if n in ("adamw", "muon") else (n, "as it is")
+        each = {t: m[above] / m[below] for t, m in means.items()}
+        squares = sum((errors[t][x] / means[t][x]) ** 2 for t in means for x in (above, below))
+        center, error = geometric_mean(each.values()), math.sqrt(squares) / len(means)
+        return {
+            "geometric_mean": center,
+            "interval": [center * math.exp(-2 * error), center * math.exp(2 * error)],
+            "worst": max(each.values()),
+            **each,
+        }
+
     summary = {
         "command": "python benchmarks/portfolio/measure.py",
         "seeds": seeds,
         "means": means,
-        "ratios": {
-            n: {
-                "geometric_mean": geometric_mean(max(x, 1e-9) for x in r.values()),
-                "worst": max(r.values()),
-                **r,
-            }
-            for n, r in ratios.items()
-        },
+        "standard_errors": errors,
+        "ratios": {n: ratios(n) for n in names if n != "as it is"},
         "tuned": {t: {n: r[n]["options"] for n in ("adamw", "muon")} for t, r in table.items()},
         **machine(),
     }
@@ -165,7 +174,8 @@ def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
     head = ["task", *names]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for t, m in means.items():
-        lines.append("| " + " | ".join([t, *(f"{m[n]:.4g}" for n in names)]) + " |")
+        cells = [f"{m[n]:.4g} ({errors[t][n]:.2g})" for n in names]
+        lines.append("| " + " | ".join([t, *cells]) + " |")
     (HERE / "table.md").write_text("\n".join(lines) + "\n")
 
 
