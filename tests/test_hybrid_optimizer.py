@@ -368,6 +368,36 @@ def test_in_transformers_trainer(tmp_path, kind):
     assert found < 2.0  # 3.43 at the start
 
 
+def test_a_trainer_evaluates_the_average_and_resumes(tmp_path):
+    """transformers calls eval() and train() itself; a checkpoint is saved after an evaluation,
+    with the average in the model, and still goes on from the weights that were trained."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    ends, seen = [], []
+
+    class Watch(transformers.TrainerCallback):
+        def on_evaluate(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            seen.append(getattr(optimizer, "optimizer", optimizer)._averaged)
+
+    for resumes in (False, True):
+        model = tiny_gpt()
+        optimizer = HybridOptimizer(model)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=20, per_device_train_batch_size=16, use_cpu=True,
+            lr_scheduler_type="constant", report_to=[], disable_tqdm=True, eval_strategy="steps",
+            eval_steps=10, save_steps=10, logging_strategy="no",
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model=model, args=arguments, train_dataset=Words(), eval_dataset=Words(),
+            optimizers=(optimizer, None), callbacks=[Watch()],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10") if resumes else None)
+        optimizer.train()
+        ends.append(state_of(model))
+    assert seen == [True] * 3
+    same(*ends)
+
+
 def test_in_accelerate():
     accelerate = pytest.importorskip("accelerate")
     model = make_net()
