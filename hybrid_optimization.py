@@ -1526,9 +1526,10 @@ class Guidance:
     minimum along it, negative beyond; (1 + kappa)/2 is the trust-region ratio of actual to
     predicted reduction on a quadratic. Above GROW_ABOVE the wanted length of a step grows, below
     shrink_below it shrinks; between them it stays, and the schedule anneals. Where gradients have
-    little noise, steps of a good length swing across the steep directions, and kappa is about
-    -0.5; at -1 a step gains nothing. Where the loss is concave kappa stays near 1 however long the
-    step, hence LONGEST. The network learns to foresee that correction.
+    little noise, steps of a good length swing across the steep directions, and kappa is about -0.5;
+    at -1 a step gains nothing. Where the loss is concave kappa stays near 1 however long the step,
+    hence LONGEST; where a few steps swing wildly it may be far below -1 for a while, and nothing
+    would lengthen steps again, hence SHORTEST. The network learns to foresee that correction.
 
     The multiplier is what brings the base rate to the wanted length, so the base rate itself
     hardly matters; what a multiplier of 0.1 leaves too long, a cap cuts.
@@ -1541,6 +1542,7 @@ class Guidance:
     GROW_ABOVE = 0.3  # kappa; see EXPERIMENTS.md
     GAIN = 0.4  # decades an observation, for each unit of kappa beyond the two limits
     LONGEST = 0.14  # kappa grows no wanted length beyond this (or a longer step_length)
+    SHORTEST = 0.2  # of step_length: below it kappa shrinks no wanted length
     GUIDED = 0.3  # share of the run after which the length is left to the schedule
     SETTLE = 0.05  # share of the run in which regions are fitted to the proposals at once
 
@@ -1601,6 +1603,8 @@ class Guidance:
                 wish = self.GAIN * excess * self.share * max(left, 0.0)
                 longest = math.log10(max(self.LONGEST, self.step_length))
                 wish = min(wish, max(longest - self.length, 0.0))
+                shortest = math.log10(self.SHORTEST * self.step_length)
+                wish = max(wish, min(shortest - self.length, 0.0))
                 self.length += wish
         if self.proposal is not None:
             self.network.learn(wish, self.proposal)

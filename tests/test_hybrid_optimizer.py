@@ -795,3 +795,17 @@ def test_a_gradient_that_fades_takes_its_step_along():
             lengths.setdefault(least, []).append(moved)
     assert min(lengths[0.9][:10]) > 1.9 * max(lengths[0.0][5:10])
     assert lengths[0.9][10:] == pytest.approx(lengths[0.0][10:], rel=0.02)
+
+
+def test_guidance_shortens_to_a_fifth_at_most():
+    """Swings far beyond the minimum along each step, for a hundred steps: kappa is far below -1."""
+    optimizer = HybridOptimizer([nn.Parameter(torch.ones(8, 8))], max_steps=2000)
+    guidance = optimizer.guidance
+    state = guidance.describe(1.0, 1.0, 0, 0)
+    guidance.peak, guidance.share = guidance.step_length / optimizer.RELATIVE_GAIN, 1.0
+    optimizer.slope = lambda: torch.tensor(5.0)
+    for _ in range(100):
+        guidance.promised = -1.0
+        guidance.lead(optimizer, state, 1.0)
+    assert guidance.kappa == pytest.approx(-5.0)
+    assert 10**guidance.length == pytest.approx(guidance.step_length / 5)
