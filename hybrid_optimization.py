@@ -1686,9 +1686,9 @@ class HybridOptimizer(ConstrainedOptimizer):
     Average. Steps that stay long leave the weights shaking around a better place, which their mean
     is nearer to. `eval` puts the mean of about the last ninth of the steps into the model, `train`
     puts the weights back that steps go on from, as in schedule-free optimisers (arXiv 2405.15682);
-    transformers' Trainer calls both where it evaluates. Where the rate falls to 0 the window shrinks
-    with it, and the mean ends at the weights. average: True or False; None, the default, is True
-    without max_steps. It costs as many bytes as the weights have in float32. Statistics of
+    transformers' Trainer calls both where it evaluates. Where the rate falls to 0 the window
+    shrinks with it, and the mean ends at the weights. average: True or False; None, the default, is
+    True without max_steps. It costs as many bytes as the weights have in float32. Statistics of
     BatchNorm are not averaged: `torch.optim.swa_utils.update_bn` after `eval` makes them anew.
 
     Guidance is `Guidance`: it needs no loss, but is shown one by a closure or by `observe`. Its

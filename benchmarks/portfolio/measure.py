@@ -90,9 +90,9 @@ def code() -> str:
     """Of what the hybrid's runs depend on: the file without its docstrings and comments."""
     tree = ast.parse(Path(hybrid_optimization.__file__).read_text("utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            if ast.get_docstring(node) is not None:
-                node.body = node.body[1:]
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]
 
 
