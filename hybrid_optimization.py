@@ -1686,17 +1686,19 @@ class HybridOptimizer(ConstrainedOptimizer):
     Average. Steps that stay long leave the weights shaking around a better place, which their mean
     is nearer to. `eval` puts the mean of about the last ninth of the steps into the model, `train`
     puts the weights back that steps go on from, as in schedule-free optimisers (arXiv 2405.15682);
-    transformers' Trainer calls both where it evaluates. Where the rate falls to 0 the window
-    shrinks with it, and the mean ends at the weights. average: True or False; None, the default, is
-    True without max_steps. It costs as many bytes as the weights have in float32. Statistics of
-    BatchNorm are not averaged: `torch.optim.swa_utils.update_bn` after `eval` makes them anew.
+    transformers' Trainer calls both where it evaluates. The window shrinks with the rate: where
+    that falls to 0 the mean ends at the weights. average: True or False; None, the default, is True
+    without max_steps. It takes the bytes of the weights in float32 (float64 if they are).
+    Statistics of BatchNorm are not averaged: `torch.optim.swa_utils.update_bn` after `eval` makes
+    them anew.
 
     Guidance is `Guidance`: it needs no loss, but is shown one by a closure or by `observe`. Its
     multiplier is of step_length, so the size of lr does not matter: its course does, and how rates
     of groups compare. What was used is group["guided_lr"]; group["lr"] is never written.
 
-    Reading slopes and norms waits for a GPU. A loaded state brings its max_steps along; set the
-    attribute to extend a run. Raises ValueError for options that make no sense.
+    Reading slopes and norms waits for a GPU. A loaded state brings its max_steps along (set the
+    attribute to extend a run), and whether it averages. Raises ValueError for options that make no
+    sense.
     """
 
     ANNEAL = 100  # steps before a rate without a horizon begins to fall
@@ -1869,11 +1871,11 @@ class HybridOptimizer(ConstrainedOptimizer):
         return loss
 
     def _join_average(self, step: int, share: float) -> None:
-        """After a step: its weights join their mean, whose window is as long as what is left of the
-        rate's last fall allows."""
+        """After a step: its weights join their mean. Its window shrinks with the rate, and is no
+        longer than what is left until the rate is 0, where that is known."""
         if not self._average:
             return
-        taken, left = self._moved, 1.0
+        taken, left, ahead = self._moved, 1.0, math.inf
         if self._outer:
             left = share
         elif self._scheduled and self.max_steps is not None:
@@ -1882,27 +1884,30 @@ class HybridOptimizer(ConstrainedOptimizer):
             else:
                 taken = step - self.max_steps  # a new mean, of what comes after
         if self._ending is not None:
-            left *= max(0.0, 1 - (step - self._ending[0]) / self._ending[1])
+            begin, steps = self._ending
+            ahead = max(begin + steps - step, 1)
         joining: dict[float, tuple[list[Tensor], list[Tensor]]] = {}  # by the weight of the newest
         for p, state in self.state.items():
             if "mean" not in state:
                 continue
-            dtype = torch.float32 if p.dtype in _HALF else p.dtype
-            if "average" not in state:
+            if "average" not in state or state["average"].shape != p.shape:
+                dtype = torch.float32 if p.dtype in _HALF else p.dtype
                 state["average"] = p.detach().to(dtype, copy=True)
                 continue
             count = max(1, min(taken, state["step"]))  # fewer steps of what was thawed
-            rate = self.WINDOW / (count + self.WINDOW - 1)
-            means, weights = joining.setdefault(min(rate / max(left, 1e-30), 1.0), ([], []))
+            rate = self.WINDOW / (count + self.WINDOW - 1) / max(left, 1e-30)
+            rate = min(max(rate, self.WINDOW / (ahead + self.WINDOW - 1)), 1.0)
+            means, weights = joining.setdefault(rate, ([], []))
             means.append(state["average"])
-            weights.append(p.detach().to(dtype))
+            weights.append(p.detach().to(state["average"].dtype))
         for rate, (means, weights) in joining.items():
             torch._foreach_lerp_(means, weights, rate)
 
     @torch.no_grad()
     def eval(self) -> None:
         """Put the averaged weights into the model, to evaluate, save or talk to it; `train` before
-        the next step. Nothing happens where nothing is averaged."""
+        the next forward pass of training. Until then the weights that were trained are kept, too.
+        Nothing happens where nothing is averaged."""
         if self._averaged or not self._average or not self.steps:
             return
         self._averaged = True
@@ -1913,14 +1918,16 @@ class HybridOptimizer(ConstrainedOptimizer):
 
     @torch.no_grad()
     def train(self, mode: bool = True) -> None:
-        """Put back the weights that steps go on from; with mode False `eval`."""
+        """Put back the weights that steps go on from, whatever is in the model since `eval`; with
+        mode False `eval`."""
         if not mode:
             return self.eval()
         if self._averaged:
-            self._averaged = False
             for p, state in self.state.items():
-                if "trained" in state:
-                    p.copy_(state.pop("trained"))
+                trained = state.pop("trained", None)
+                if trained is not None and trained.shape == p.shape:
+                    p.copy_(trained)
+            self._averaged = False
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; the first group holds the rest, as bytes."""
@@ -1942,6 +1949,11 @@ class HybridOptimizer(ConstrainedOptimizer):
         # Zeros after the end of a zip archive are read over.
         raw = bytes(packed.cpu().numpy()).rstrip(b"\0") + bytes(32)
         own = torch.load(io.BytesIO(raw), weights_only=True)
+        if own["_averaged"] and not any("trained" in s for s in state_dict["state"].values()):
+            raise ValueError(
+                "load_state_dict: this was saved between eval() and train(), and the weights that "
+                "were trained are not in it; save after train()"
+            )
         plain = [{k: v for k, v in group.items() if k != "hybrid"} for group in groups]
         super().load_state_dict({**state_dict, "param_groups": plain})
         for k in self._OWN:

@@ -643,7 +643,7 @@ def test_where_the_rate_falls_to_nothing_the_average_ends_at_the_weights(how):
         scheduler = line(optimizer, lambda t: max(1 - t / 19, 0.0))
     for t in range(20):
         if how == "end_in" and t == 10:
-            optimizer.end_in(9)
+            optimizer.end_in(10)
         train(model, optimizer, 1)
         if scheduler is not None:
             scheduler.step()
@@ -656,6 +656,21 @@ def test_where_the_rate_falls_to_nothing_the_average_ends_at_the_weights(how):
     optimizer.eval()
     for k, v in model.state_dict().items():
         torch.testing.assert_close(v, trained[k], rtol=0, atol=1e-7)
+
+
+def test_a_short_end_of_a_long_run_is_what_is_averaged():
+    """Nothing of the 2,000 steps before is left in the mean after 50 in which the rate falls."""
+    p = nn.Parameter(torch.ones(4, 4, dtype=torch.float64))
+    optimizer = HybridOptimizer([p], guided=False, use_trust_region=False)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.steps = optimizer._moved = optimizer.state[p]["step"] = 2000
+    optimizer.state[p]["average"].fill_(1e6)
+    optimizer.end_in(50)
+    for _ in range(50):
+        optimizer.step()
+    optimizer.eval()
+    assert float(p.detach().abs().max()) < 2.0
 
 
 def test_the_average_of_a_noisy_bowl_is_nearer_to_its_bottom():
@@ -693,6 +708,56 @@ def test_a_run_with_an_average_goes_on_to_the_bit(looking):
         train(m, o, 5)
         o.eval()
     same(state_of(model), state_of(twin))
+
+
+def test_a_parameter_that_was_resized_is_averaged_anew():
+    """With a gradient, without one, and between eval() and train()."""
+    model = nn.ModuleList([nn.Embedding(6, 4), nn.Linear(4, 4)])
+    optimizer = HybridOptimizer(model)
+
+    def step(ids: int) -> None:
+        optimizer.zero_grad()
+        model[1](model[0](torch.arange(ids))).square().sum().backward()
+        optimizer.step()
+
+    step(6)
+    table = model[0].weight
+    for rows in (8, 10, 12):
+        if rows == 12:
+            optimizer.eval()
+        optimizer.zero_grad()
+        table.data = torch.ones(rows, 4)
+        if rows == 10:
+            table.requires_grad_(False)
+        optimizer.train()
+        step(6)
+        table.requires_grad_(True)
+        assert optimizer.state[table]["average"].shape == (rows, 4)
+    optimizer.eval()
+    assert torch.isfinite(table).all()
+
+
+def test_a_model_that_is_cast_goes_on():
+    model = make_net()
+    optimizer = HybridOptimizer(model)
+    train(model, optimizer, 3)
+    model.double()
+    x, y = digits()
+    backward(model, x.double(), y)
+    optimizer.step()
+    optimizer.eval()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def test_a_checkpoint_without_the_trained_weights_is_refused():
+    model = make_net()
+    optimizer = HybridOptimizer(model)
+    train(model, optimizer, 2)
+    optimizer.eval()
+    saved = optimizer.state_dict()
+    state = {k: {n: x for n, x in v.items() if n != "trained"} for k, v in saved["state"].items()}
+    with pytest.raises(ValueError, match=r"saved between eval\(\) and train\(\)"):
+        HybridOptimizer(make_net()).load_state_dict({**saved, "state": state})
 
 
 def test_averages_of_half_precision_are_float32():
@@ -777,6 +842,26 @@ def test_a_step_has_at_least_its_share_of_the_longest(shape):
             shares[least] = float((p.detach() - before).square().mean().sqrt()) / size / longest
     assert shares[0.0] < 0.15
     assert shares[0.3] == pytest.approx(0.3, rel=1e-3)
+
+
+def test_matrices_that_step_together_take_the_steps_of_one_alone():
+    """As on a GPU: three of one shape as one tensor; least share and average included. Two steps:
+    later matrices take turns at fresh roots, in another order."""
+    ends = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3)), nn.Linear(12, 40))
+        optimizer = HybridOptimizer(model)
+        optimizer.never_wait = together
+        x = torch.randn(32, 12)
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        optimizer.eval()
+        ends.append(state_of(model))
+    for k, v in ends[0].items():
+        torch.testing.assert_close(v, ends[1][k], rtol=1e-4, atol=1e-5)
 
 
 def test_a_gradient_that_fades_takes_its_step_along():

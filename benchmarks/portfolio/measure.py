@@ -146,6 +146,12 @@ def main() -> None:
         write(table, o.seeds)
 
 
+def error_of(losses: list[float]) -> float:
+    """Standard error of their mean; infinite where a run diverged, or is the only one."""
+    finite = len(losses) > 1 and all(map(math.isfinite, losses))
+    return stdev(losses) / math.sqrt(len(losses)) if finite else math.inf
+
+
 def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
     """summary.json: means and ratios; table.md: the same for people.
 
@@ -153,15 +159,13 @@ def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
     logarithm, to first order (a mean's relative error is that of its logarithm)."""
     names = list(next(iter(table.values())))
     means = {t: {n: fmean(r[n]["losses"]) for n in names} for t, r in table.items()}
-    errors = {
-        t: {n: stdev(r[n]["losses"]) / math.sqrt(seeds) if seeds > 1 else 0.0 for n in names}
-        for t, r in table.items()
-    }
+    errors = {t: {n: error_of(r[n]["losses"]) for n in names} for t, r in table.items()}
 
     def ratios(n: str) -> dict[str, Any]:
         """Of AdamW and Muon ours over theirs, of a variant its loss over ours."""
         above, below = ("as it is", n) if n in ("adamw", "muon") else (n, "as it is")
         each = {t: m[above] / m[below] for t, m in means.items()}
+        # Where a run diverged this is not a number, and so is the interval.
         squares = sum((errors[t][x] / means[t][x]) ** 2 for t in means for x in (above, below))
         center, error = geometric_mean(each.values()), math.sqrt(squares) / len(means)
         return {
