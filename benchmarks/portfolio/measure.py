@@ -32,7 +32,7 @@ import hybrid_optimization  # noqa: E402
 from hybrid_optimization import HybridOptimizer, named_kinds  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 from studies.muon import muon_for  # noqa: E402
-from studies.portfolio import TASKS, run  # noqa: E402
+from studies.portfolio import TASKS, UNSEEN, run  # noqa: E402
 
 TUNING_SEED = 1000
 Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
@@ -156,22 +156,26 @@ def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
     """summary.json: means and ratios; table.md: the same for people.
 
     Errors are standard errors over seeds; a ratio's interval is two of them either way, of its
-    logarithm, to first order (a mean's relative error is that of its logarithm)."""
+    logarithm, to first order (a mean's relative error is that of its logarithm). Geometric means
+    and the worst are of the tasks that are not UNSEEN."""
     names = list(next(iter(table.values())))
     means = {t: {n: fmean(r[n]["losses"]) for n in names} for t, r in table.items()}
     errors = {t: {n: error_of(r[n]["losses"]) for n in names} for t, r in table.items()}
+
+    seen = [t for t in means if t not in UNSEEN] or list(means)
 
     def ratios(n: str) -> dict[str, Any]:
         """Of AdamW and Muon ours over theirs, of a variant its loss over ours."""
         above, below = ("as it is", n) if n in ("adamw", "muon") else (n, "as it is")
         each = {t: m[above] / m[below] for t, m in means.items()}
         # Where a run diverged this is not a number, and so is the interval.
-        squares = sum((errors[t][x] / means[t][x]) ** 2 for t in means for x in (above, below))
-        center, error = geometric_mean(each.values()), math.sqrt(squares) / len(means)
+        squares = sum((errors[t][x] / means[t][x]) ** 2 for t in seen for x in (above, below))
+        center = geometric_mean(each[t] for t in seen)
+        error = math.sqrt(squares) / len(seen)
         return {
             "geometric_mean": center,
             "interval": [center * math.exp(-2 * error), center * math.exp(2 * error)],
-            "worst": max(each.values()),
+            "worst": max(each[t] for t in seen),
             **each,
         }
 
