@@ -7,7 +7,6 @@ is made by its seed: the model's weights and the order of batches; the split is 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -306,11 +305,9 @@ def run(
         p.loss().backward()
         for opt in optimizers:
             opt.step()
-    before = copy.deepcopy(p.model.state_dict())
     for opt in optimizers:
-        if isinstance(opt, HybridOptimizer):
+        if isinstance(opt, HybridOptimizer) and any("average" in s for s in opt.state.values()):
             opt.eval()
-    if any(not torch.equal(before[k], v) for k, v in p.model.state_dict().items()):
-        torch.optim.swa_utils.update_bn(p.inputs, p.model)
+            torch.optim.swa_utils.update_bn(p.inputs, p.model)
     found = p.held_out()
     return found if math.isfinite(found) else math.inf

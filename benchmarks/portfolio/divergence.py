@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,7 +22,7 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from benchmarks.portfolio.measure import CODE, hybrid  # noqa: E402
+from benchmarks.portfolio.measure import CODE, hybrid, recorded  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 from studies.portfolio import TASKS, run  # noqa: E402
 
@@ -33,20 +31,15 @@ BATCHES = (0.25, 1.0, 4.0)
 
 def one(log: RunLog, task: str, batch: float, seed: int) -> dict[str, Any]:
     """Of a run in the log, or of one that is made now."""
-    key = {"task": task, "batch": batch, "seed": seed, "code": CODE}
-    found = log.find(key)
-    if found is None:
+
+    def fill(found: dict[str, Any]) -> None:
         torch.manual_seed(seed)
-        problem, started = TASKS[task](seed), time.perf_counter()
-        found = {**key, "start": problem.held_out()}
-        try:
-            make = hybrid(max_steps=problem.steps)
-            found["loss"] = run(task, seed, make, linear=False, batch=batch)
-        except (RuntimeError, ValueError) as e:  # weights that are not finite
-            found["loss"], found["error"] = math.inf, str(e)[:200]
-        found |= {"seconds": time.perf_counter() - started, **machine()}
-        log.append(found)
-    return found
+        problem = TASKS[task](seed)
+        found["start"] = problem.held_out()
+        make = hybrid(max_steps=problem.steps)
+        found["loss"] = run(task, seed, make, linear=False, batch=batch)
+
+    return recorded(log, {"task": task, "batch": batch, "seed": seed, "code": CODE}, fill)
 
 
 def main() -> None:

@@ -99,22 +99,34 @@ def code() -> str:
 CODE = code()
 
 
+def recorded(
+    log: RunLog, key: dict[str, Any], fill: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """The log's run of this key, or one that is made now: fill adds its "loss" and what else it
+    finds. Infinite where weights were not finite."""
+    found = log.find(key)
+    if found is None:
+        found, started = dict(key), time.perf_counter()
+        try:
+            fill(found)
+        except (RuntimeError, ValueError) as e:
+            found["loss"], found["error"] = math.inf, str(e)[:200]
+        found |= {"seconds": time.perf_counter() - started, **machine()}
+        log.append(found)
+        print(*key.values(), f"{found['loss']:.4f}", flush=True)
+    return found
+
+
 def loss_of(log: RunLog, task: str, method: str, options: Any, seed: int, make: Make) -> float:
     """Of a run in the log, or of one that is made now."""
     key: dict[str, Any] = dict(task=task, method=method, options=options, seed=seed)
     if method == "hybrid":
         key["code"] = CODE
-    found = log.find(key)
-    if found is None:
-        found, started = dict(key), time.perf_counter()
-        try:
-            found["loss"] = run(task, seed, make, linear=method != "hybrid")
-        except (RuntimeError, ValueError) as e:  # weights that are not finite
-            found["loss"], found["error"] = math.inf, str(e)[:200]
-        found |= {"seconds": time.perf_counter() - started, **machine()}
-        log.append(found)
-        print(task, method, options, seed, f"{found['loss']:.4f}", flush=True)
-    return found["loss"]
+
+    def fill(found: dict[str, Any]) -> None:
+        found["loss"] = run(task, seed, make, linear=method != "hybrid")
+
+    return recorded(log, key, fill)["loss"]
 
 
 def main() -> None:
@@ -161,7 +173,6 @@ def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
     names = list(next(iter(table.values())))
     means = {t: {n: fmean(r[n]["losses"]) for n in names} for t, r in table.items()}
     errors = {t: {n: error_of(r[n]["losses"]) for n in names} for t, r in table.items()}
-
     seen = [t for t in means if t not in UNSEEN] or list(means)
 
     def ratios(n: str) -> dict[str, Any]:
