@@ -61,6 +61,7 @@ from lowbit.text.corpus import Corpus, load_corpus
 from lowbit.text.tokenizers import TeacherTokenizer, opened
 from lowbit.training.parallel import ALONE, Lost, World
 from lowbit.training.preparation import (
+    cache_of,
     calibrate_student,
     choose_device,
     choose_dtype,
@@ -151,6 +152,7 @@ def set_up(
     takes = plan(o, teacher, corpus, world)
     if takes:
         say(takes.line())
+    known = cache_of(o, teacher, corpus, fingerprint) if o.cache_teacher else None
     dtype = choose_dtype(device, teacher)
     student = make_student(o, teacher).to(device)
     if o.qat:
@@ -164,7 +166,9 @@ def set_up(
     if isinstance(teacher, TransformersLM) and dtype:
         hold_linears(teacher, dtype)
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
-    s = Setup(o, device, tokenizer, corpus, teacher, student, per_epoch, dtype, world, fingerprint)
+    s = Setup(
+        o, device, tokenizer, corpus, teacher, student, per_epoch, dtype, world, fingerprint, known
+    )
     if world.count > 1 and world.first(s.about) != s.about():
         raise UserError("the processes read another teacher or text, or got other flags")
     return s
@@ -317,12 +321,10 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
         f"included; the embedding is held in {o.embedding_bits} bits"
     )
     if isinstance(student, TransformersLM):
-        first, last = o.blocks_8bit
+        first, last = o.edge_blocks
         parts = [f"{k} {n:,} weights, {b:,} bytes" for k, (n, b) in size.parts.items()]
-        held = (
-            "int8: embedding, head, " if o.embedding_bits == 8 else "int4: embedding, head; int8: "
-        )
-        say(f"Stored as: {'; '.join(parts)}; {held}{first} + {last} blocks")
+        held = f"embedding and head in {o.embedding_bits} bits, the first {first} and the last "
+        say(f"Stored as: {'; '.join(parts)}; {held}{last} blocks in {o.edge_bits}")
     prompt = SAMPLE_PROMPT[unit]
     ids = generate(student, opened(s.tokenizer, prompt), SAMPLE_TOKENS[unit], seed=o.seed)
     say(f"Sample: {prompt}{s.tokenizer.decode(ids)}")

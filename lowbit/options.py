@@ -44,7 +44,7 @@ STEPS_PER_EPOCH = 16  # of a run of bytes
 BY_TEACHER: dict[str, tuple[Any, Any]] = {
     "seq_len": (128, 256),
     "batch_size": (8, 4),
-    "blocks_8bit": ([0, 0], [1, 1]),
+    "edge_blocks": ([0, 0], [1, 1]),
     "calibration_tokens": (32768, 16384),
     "steps_per_epoch": (STEPS_PER_EPOCH, 7),  # 20 epochs of SmolLM2 on two cores: 21 minutes
     "quick_tokens": (8192, 2048),  # of validation after an epoch
@@ -52,6 +52,7 @@ BY_TEACHER: dict[str, tuple[Any, Any]] = {
 }
 SELF_TOKENS = 200_000  # that a teacher writes, where asked to
 WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
+HIDDEN_WEIGHT = 0.5
 ADAMW_MOMENTUM = 0.9  # of what muon leaves to AdamW
 
 
@@ -98,12 +99,19 @@ def make_parser() -> Parser:
         f"--qat {_by_start('quant_warmup')}",
     )
     g.add_argument(
-        "--blocks_8bit",
+        "--edge_blocks",
         type=number(int, 0),
         nargs=2,
         metavar=("FIRST", "LAST"),
-        help="so many blocks at either end have weights of 8 bits (default 0 0 for bytes, 1 1 for "
-        "a teacher's own vocabulary)",
+        help="so many blocks at either end have more bits (default 0 0 for bytes, 1 1 for a "
+        "teacher's own vocabulary)",
+    )
+    g.add_argument(
+        "--edge_bits",
+        type=int,
+        choices=[8, 4],
+        default=8,
+        help="a weight of --edge_blocks (default 8)",
     )
     g.add_argument(
         "--embedding_bits",
@@ -261,8 +269,15 @@ def make_parser() -> Parser:
     g.add_argument(
         "--hidden_weight",
         type=number(float, 0),
-        default=0.5,
-        help="weight of the hidden-state loss, where shapes allow it (default 0.5)",
+        help="weight of the hidden-state loss, where shapes allow it (default 0.5; with "
+        "--cache_teacher 0)",
+    )
+    g.add_argument(
+        "--cache_teacher",
+        type=count,
+        metavar="K",
+        help="keep, of each token that the teacher has read, the K most likely next ones in a file "
+        "beside the text's: it reads a window once, for this run and later ones",
     )
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     g.add_argument("--seed", type=number(int, 0, 2**31), default=0)
@@ -409,6 +424,12 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if o.self_tokens is not None and "self" not in o.data:
         raise UserError("--self_tokens needs --data self")
     o.self_tokens = o.self_tokens or SELF_TOKENS
+    if o.cache_teacher and o.hidden_weight:
+        raise UserError(
+            "--cache_teacher contradicts --hidden_weight: hidden states are not kept; give one"
+        )
+    if o.hidden_weight is None:
+        o.hidden_weight = 0.0 if o.cache_teacher else HIDDEN_WEIGHT
     o.mode = "ternary" if o.ternary else "1bit"
     o.save_metrics = o.save_metrics or o.metrics_out is not None
     if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):

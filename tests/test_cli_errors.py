@@ -59,7 +59,8 @@ def fails(
 BAD_WORDS = ["nan", "inf", "-inf", "abc", "", "1_", "0x10", "1" + "0" * 400]
 BAD_NUMBERS = {
     **{f: ["0", "-1", "1.5", "1e3"] for f in
-       ("seq_len", "batch_size", "epochs", "eval_every", "data_clusters", "param_clusters")},
+       ("seq_len", "batch_size", "epochs", "eval_every", "data_clusters", "param_clusters",
+        "cache_teacher")},
     **{f: ["-1", "0.5"] for f in ("samples_per_epoch", "clustering_warmup_epochs", "seed")},
     **{f: ["0", "-1", "-1e-9", "1e300"] for f in
        ("lr", "temperature", "initial_trust_radius", "max_grad_norm")},

@@ -28,13 +28,14 @@ def exported(
     kind: str,
     mode: str = "ternary",
     bits: int = 8,
+    edge: int = 8,
     scope: str = "row",
     **changes: Any,
 ) -> tuple[Path, Path]:
-    """Folders in float32 and in codes of a student with random codes, the first block in 8 bits,
-    embedding and head in so many."""
+    """Folders in float32 and in codes of a student with random codes, the first block, and
+    embedding and head, in so many bits."""
     model = TransformersLM(tiny_net(kind, **changes))
-    quantize_model(model, mode, scope=scope, first=1, embedding_bits=bits)
+    quantize_model(model, mode, scope=scope, first=1, edge_bits=edge, embedding_bits=bits)
     path = folder / "student.npz"
     save_packed(path, model, TeacherTokenizer(tiny_tokenizer(), 320).describe())
     for type_ in ([], ["--type", "packed"]):
@@ -91,6 +92,8 @@ def test_every_family_answers_the_same(tmp_path, kind):
     [
         dict(mode="1bit"),
         dict(bits=4),
+        dict(edge=4),
+        dict(bits=4, edge=4),
         dict(bits=4, tie_word_embeddings=False),
         dict(scope="tensor"),
     ],

@@ -40,15 +40,14 @@ WIDER = dict(
 def student(
     folder: Path, kind: str, mode: str = "ternary", cut: str = "gpt-2", bits: int = 8, **changes
 ) -> Path:
-    """A packed student with random codes, the first block in 8 bits, embedding and head in so
-    many."""
+    """A packed student with random codes; first block, embedding and head in so many bits."""
     if kind == "qwen3":  # transformers' reader of GGUF takes no other
         changes = {"head_dim": 128, **changes}
     net = tiny_net(kind, **{**WIDE, **changes})
     tokenizer = tiny_tokenizer(300)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
     model = TransformersLM(net)
-    quantize_model(model, mode, first=1, embedding_bits=bits)
+    quantize_model(model, mode, first=1, edge_bits=bits, embedding_bits=bits)
     path = folder / "student.npz"
     save_packed(path, model, TeacherTokenizer(tokenizer, 320).describe())
     return path
@@ -167,6 +166,8 @@ def test_embeddings_of_4_bits_are_q4_0(tmp_path, tied):
     names = {"token_embd.weight": "model.embed_tokens.weight"}
     if not tied:
         names["output.weight"] = "lm_head.weight"
+    for theirs, ours in (("attn_v", "self_attn.v_proj"), ("ffn_down", "mlp.down_proj")):
+        names[f"blk.0.{theirs}.weight"] = f"model.layers.0.{ours}.weight"
     state = load_packed(path)[0].net.state_dict()
     for theirs, ours in names.items():
         tensor = found[theirs]

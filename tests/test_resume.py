@@ -41,10 +41,13 @@ CASES = [  # three epochs of three steps; between them every pair of what change
     ("--ternary --optimizer muon --quant_warmup 0.5 --qat --adamw_momentum 0.8", 5),
     ("--ternary --qat --optimizer schedulefree", 4),
     ("--ternary --qat --optimizer prodigy", 4),
+    ("--hybrid --ternary --qat --cache_teacher 16 --temperature 2", 4),
     ("--hybrid --ternary --qat --save_metrics", 9),  # trained, but no file is written
 ]
 #: Of a model that has layers and tokens of its own.
-OF_TOKENS = "--student_layers 2 --blocks_8bit 1 0 --embedding_bits 4 --self_tokens 4000"
+OF_TOKENS = (
+    "--student_layers 2 --edge_blocks 1 0 --edge_bits 4 --embedding_bits 4 --self_tokens 4000"
+)
 
 
 def test_every_flag_that_changes_training_is_tried():

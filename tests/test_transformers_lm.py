@@ -20,7 +20,7 @@ from lowbit import UserError
 from lowbit.extras import EXTRAS
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
-from lowbit.models.interface import block_calls, wiring
+from lowbit.models.interface import block_calls, linear_layers, wiring
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import FAMILIES as TRIED
 from lowbit.models.transformers_lm import TransformersLM, build_transformers, clone, from_config
@@ -214,21 +214,22 @@ def test_the_whole_run(folders, text_file, tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_whole_run_with_an_embedding_of_4_bits(text_file, tmp_path, capsys, tied):
+@pytest.mark.parametrize(("tied", "edge"), [(True, 8), (False, 8), (True, 4)])
+def test_the_whole_run_with_an_embedding_of_4_bits(text_file, tmp_path, capsys, tied, edge):
     """The run's lines are true, all its files hold the same weights, and what is read back and
     rounded once more is the same file."""
     gguf = pytest.importorskip("gguf")
     out = tmp_path / "out"
     teacher = tiny_folder(tmp_path / "teacher", "llama", tie_word_embeddings=tied)
     words = f"--ternary --qat --epochs 1 --samples_per_epoch 8 --seq_len 32 --device cpu --data \
-        {text_file} --output_dir {out} --blocks_8bit 1 0 --embedding_bits 4 --export gguf"
+        {text_file} --output_dir {out} --edge_blocks 1 0 --edge_bits {edge} --embedding_bits 4 \
+        --export gguf"
     assert distillation.main([*words.split(), "--teacher", str(teacher)]) == 0
     printed = capsys.readouterr().out
     assert "the embedding is held in 4 bits" in printed
-    assert "; int4: embedding, head; int8: 1 + 0 blocks\n" in printed
+    held = f"embedding and head in 4 bits, the first 1 and the last 0 blocks in {edge}"
+    assert f"; {held}\n" in printed
     weights = (1 if tied else 2) * 320 * 64
-    assert f"int4 {weights:,} weights, " in printed
     path = out / "student_quantized_ternary_1.58bit_qat.npz"
     model, vocabulary, notes = load_packed(path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(out / "transformers")
@@ -236,8 +237,10 @@ def test_the_whole_run_with_an_embedding_of_4_bits(text_file, tmp_path, capsys, 
         assert torch.equal(theirs(IDS).logits, model(IDS).logits)
     types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(path.with_suffix(".gguf")).tensors}
     assert types["token_embd.weight"] == types.get("output.weight", "Q4_0") == "Q4_0"
-    assert types["blk.0.ffn_up.weight"] == "Q8_0"
-    quantize_model(model, "ternary", first=1, embedding_bits=4)
+    assert types["blk.0.ffn_up.weight"] == f"Q{edge}_0"
+    weights += sum(m.weight.numel() for m in linear_layers(model.blocks[0]).values()) * (edge == 4)
+    assert f"int4 {weights:,} weights, " in printed
+    quantize_model(model, "ternary", first=1, edge_bits=edge, embedding_bits=4)
     save_packed(tmp_path / "again.npz", model, vocabulary, notes=notes)
     assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
 
@@ -334,8 +337,8 @@ def test_memory_that_is_not_there(llama, text_file, capsys, monkeypatch, tmp_pat
     assert re.search(r"the run needs about \d+\.\d GiB of memory, \d+\.\d are free", text)
 
 
-def test_blocks_of_8_bits_leave_some(llama, capsys):
-    assert "of 3 blocks none would be left" in refusal(capsys, llama, "--blocks_8bit", "1", "2")
+def test_blocks_of_more_bits_leave_some(llama, capsys):
+    assert "of 3 blocks none would be left" in refusal(capsys, llama, "--edge_blocks", "1", "2")
 
 
 def test_embeddings_that_cannot_have_4_bits(llama, capsys, tmp_path):

@@ -36,7 +36,7 @@ from lowbit.models.interface import (
     noted,
     wiring,
 )
-from lowbit.quantization.layers import QATLinear, sign_codes, ternary_codes
+from lowbit.quantization.layers import HELD_MODES, QATLinear, sign_codes, ternary_codes
 
 RIDGE = 0.1  # of the mean diagonal of the second moment, in the refit
 DAMPING = 0.3  # the same, in the rounding
@@ -120,7 +120,7 @@ def calibrate_layer(layer: QATLinear, moment: torch.Tensor, missing: torch.Tenso
     ridge = moment.clone()
     ridge.diagonal().add_(RIDGE * ridge.diagonal().mean().clamp_min(1e-12))
     fitted = w + torch.linalg.solve(ridge, missing).mT
-    if layer.mode == "int8":  # the nearest of 255 is near enough
+    if layer.mode in HELD_MODES:  # the nearest of 255, or of 16 in blocks, is near enough
         w.copy_(torch.where(torch.isfinite(fitted).all(), fitted, w))
         return
     quantize = ternary_codes if layer.mode == "ternary" else sign_codes

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lowbit.models.decoder import CausalLM
 from lowbit.models.interface import LanguageModel
 
-MODES = ("ternary", "1bit", "int8")
+MODES = ("ternary", "1bit", "int8", "int4")
 SCOPES = ("row", "tensor")
 BLOCK = 32  # consecutive entries of a row with one scale, of 4-bit codes
 #: What a block's scale may be: its largest entry over minus one of these, which keeps that entry.
@@ -117,6 +117,15 @@ def _least_error(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 #: Of what is held in so many bits.
 HELD_CODES = {8: byte_codes, 4: nibble_codes}
+#: Modes of a few layers that need more than a low bit.
+HELD_MODES = {f"int{bits}": codes_of for bits, codes_of in HELD_CODES.items()}
+
+
+def from_codes(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Weights of codes (rows, n) whose scales are for as many consecutive ones each; in the place
+    of codes that are floats."""
+    values, scale = codes.view(scale.numel(), -1), scale.view(-1, 1)
+    return (values.mul_(scale) if codes.is_floating_point() else values * scale).view_as(codes)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -161,8 +170,8 @@ class _LearnedScale(torch.autograd.Function):
 
 
 class QATLinear(nn.Linear):
-    """A linear layer whose forward pass uses ternary, 1-bit or 8-bit weights (mode int8, for the
-    few layers that need more); `weight` is the latent.
+    """A linear layer whose forward pass uses ternary, 1-bit, 8-bit or 4-bit weights (modes int8 and
+    int4, for the few layers that need more); `weight` is the latent.
 
     Below strength 1 (see `strength`) it uses weight + strength (rounded weight - weight).
     With learnable_scale the scale is ``base_scale * weight_scale``: base_scale (a buffer) is the
@@ -184,8 +193,8 @@ class QATLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         if mode not in MODES or scope not in SCOPES:
             raise ValueError(f"mode is one of {MODES} and scope one of {SCOPES}")
-        if mode == "int8" and (scope != "row" or learnable_scale):
-            raise ValueError("int8 has one scale a row, in closed form")
+        if mode in HELD_MODES and (scope != "row" or learnable_scale):
+            raise ValueError(f"{mode} has scales of its own, in closed form")
         self.mode, self.scope, self.enabled, self.strength = mode, scope, True, 1.0
         self.kept: dict[str, torch.Tensor] | None = None  # of `rounded_once`
         if learnable_scale:
@@ -214,8 +223,8 @@ class QATLinear(nn.Linear):
         return new
 
     def _closed_form(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.mode == "int8":
-            return byte_codes(self.weight.detach())
+        if self.mode in HELD_MODES:
+            return HELD_MODES[self.mode](self.weight.detach())
         quantize = ternary_codes if self.mode == "ternary" else sign_codes
         return quantize(self.weight, self.scope)
 
@@ -225,7 +234,8 @@ class QATLinear(nn.Linear):
 
     @torch.no_grad()
     def codes_and_scale(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(codes (out, in), scale (out, 1) or (1, 1)): what the file stores."""
+        """(codes (out, in), scale (out, 1) or (1, 1), of int4 (out, in / 32)): what the file
+        stores."""
         if self.weight_scale is None:
             return self._closed_form()
         scale = self._learned()
@@ -246,8 +256,7 @@ class QATLinear(nn.Linear):
     def _rounded(self) -> torch.Tensor:
         if self.kept and "weight" in self.kept:
             return self.kept["weight"]
-        codes, scale = self._closed_form()
-        quantized = codes.mul_(scale)
+        quantized = from_codes(*self._closed_form())
         if self.strength < 1:
             quantized = torch.lerp(self.weight, quantized, self.strength)
         if self.kept is not None:
@@ -273,8 +282,7 @@ class QATEmbedding(nn.Embedding):
     def quantized_weight(self) -> torch.Tensor:
         if not self.enabled:
             return self.weight
-        codes, scale = self.codes_and_scale()
-        return _StraightThrough.apply(self.weight, codes.mul_(scale))
+        return _StraightThrough.apply(self.weight, from_codes(*self.codes_and_scale()))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.quantized_weight())
@@ -291,15 +299,16 @@ def quantize_model(
     learnable_scale: bool = False,
     first: int = 0,
     last: int = 0,
+    edge_bits: int = 8,
     embedding_bits: int = 8,
 ) -> LanguageModel:
     """Replace, in place, every linear layer of the blocks by `QATLinear`, and the embedding of the
     plain decoder by `QATEmbedding`, whose untied head stays float. Latent parameters keep their
-    names and identity. The first and the last so many blocks are in 8 bits. Embedding and head of
-    other decoders are held in 8 or 4 bits, frozen."""
+    names and identity. The first and the last so many blocks have ``edge_bits``, 8 or 4. Embedding
+    and head of other decoders are held in 8 or 4 bits, frozen."""
     for i, block in enumerate(model.blocks):
         edge = i < first or i >= len(model.blocks) - last
-        kind = ("int8", "row", False) if edge else (mode, scope, learnable_scale)
+        kind = (f"int{edge_bits}", "row", False) if edge else (mode, scope, learnable_scale)
         for module in list(block.modules()):
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
@@ -322,8 +331,7 @@ def hold(layer: nn.Embedding | nn.Linear, bits: int) -> None:
     it: of a large vocabulary a short run sees too little to train the embedding, and so rounding
     costs nothing a step."""
     for rows in layer.weight.split(max(1, AT_ONCE // layer.weight.size(1))):
-        codes, scale = HELD_CODES[bits](rows)
-        rows.copy_((codes.view(scale.numel(), -1) * scale.view(-1, 1)).view_as(rows))
+        rows.copy_(from_codes(*HELD_CODES[bits](rows)))
     layer.weight.requires_grad_(False)
     layer.held_bits = bits  # type: ignore[assignment]
 
@@ -389,7 +397,7 @@ def snapshot_codes(model: nn.Module) -> dict[str, torch.Tensor]:
     return {
         n: m.codes_and_scale()[0].to(torch.int8)
         for n, m in low_bit_layers(model)
-        if isinstance(m, QATLinear) and m.mode != "int8"
+        if isinstance(m, QATLinear) and m.mode not in HELD_MODES
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,51 @@ def soft_target_terms(
     return ce, kl, slope
 
 
+@dataclass
+class TopK:
+    """Of each token's next one the K most likely ids, (..., K), and the natural logs of their
+    probabilities, (..., K)."""
+
+    ids: torch.Tensor
+    log_p: torch.Tensor
+
+
+def top_k_terms(
+    student: torch.Tensor, teacher: TopK, labels: torch.Tensor, alpha: float, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`soft_target_terms` where K of the teacher's probabilities, at this temperature, are known:
+    all other tokens count as one, with what is left of either distribution. That KL is never more
+    than the whole one, and 0 only where the K and the rest agree.
+
+    With r the rest, its derivative is tau (q_v - p_v) for the K and tau q_v (1 - p_r / q_r) for
+    the others. Destroys the student's logits.
+    """
+    rows = torch.arange(len(labels), device=labels.device)
+    log_q = torch.log_softmax(student, -1)
+    ce = -log_q[rows, labels]
+    hard = log_q.exp() if alpha and temperature != 1.0 else None
+    if temperature != 1.0:
+        log_q = torch.log_softmax(student.div_(temperature), -1)
+    tiny = torch.finfo(torch.float32).tiny
+    p = teacher.log_p.exp()
+    p_rest = (1 - p.sum(-1)).clamp_min(0)
+    gap = (teacher.log_p - log_q.gather(-1, teacher.ids)).nan_to_num_(0.0, torch.inf, 0.0)
+    q = log_q.exp_()
+    theirs = q.gather(-1, teacher.ids)
+    q.scatter_(-1, teacher.ids, 0)
+    q_rest = q.sum(-1).clamp_min(tiny)  # no difference of numbers near 1
+    of_rest = p_rest * (p_rest.clamp_min(tiny).log() - q_rest.log())
+    kl = (temperature**2) * (torch.linalg.vecdot(p, gap) + of_rest)
+    soft = (1 - alpha) * temperature
+    hard_here = alpha if hard is None else 0.0  # at temperature 1 both terms pull by q
+    slope = q.mul_((soft * (1 - p_rest / q_rest) + hard_here).unsqueeze(-1))
+    slope.scatter_(-1, teacher.ids, theirs * (soft + hard_here) - soft * p)
+    if hard is not None:
+        slope.add_(hard, alpha=alpha)
+    slope[rows, labels] -= alpha
+    return ce, kl, slope
+
+
 def multiplied(
     weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -125,8 +171,7 @@ class _ChunkedObjective(torch.autograd.Function):
     arXiv 2410.10989). Also CE and KL of each token, without gradients."""
 
     @staticmethod
-    def forward(ctx, final, weight, bias, student, teacher, target, labels, weights, rule):
-        alpha, temperature, chunk = rule
+    def forward(ctx, final, weight, bias, student, terms, weights, alpha, chunk):
         needed = ctx.needs_input_grad[:3]
         d_final = torch.empty_like(final) if needed[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None
@@ -142,8 +187,7 @@ class _ChunkedObjective(torch.autograd.Function):
             with torch.enable_grad():
                 logits = student(*leaves)
             ours = logits.detach().to(torch.float32, copy=True)
-            theirs = teacher(target[part]).to(torch.float32, copy=True)
-            ce, kl, slope = soft_target_terms(ours, theirs, labels[part], alpha, temperature)
+            ce, kl, slope = terms(part, ours)
             wanted = [x for x in leaves if x is not None and x.requires_grad]
             if wanted:
                 slope = slope.mul_(weights[part, None]).to(logits.dtype)
@@ -164,14 +208,40 @@ class _ChunkedObjective(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):
         found = [None if x is None else x * grad for x in ctx.saved_tensors]
-        return (*found, None, None, None, None, None, None)
+        return (*found, None, None, None, None, None)
+
+
+#: Some of the tokens, and the student's logits there -> what `soft_target_terms` returns.
+Terms = Callable[[slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def terms_of(
+    teacher: LanguageModel,
+    target: torch.Tensor | TopK,
+    labels: torch.Tensor,
+    alpha: float,
+    temperature: float,
+) -> Terms:
+    """By the teacher's logits, or by what is known of them; labels (N,)."""
+    if isinstance(target, TopK):
+        ids, log_p = target.ids.flatten(0, 1), target.log_p.flatten(0, 1)
+        return lambda part, ours: top_k_terms(
+            ours, TopK(ids[part], log_p[part]), labels[part], alpha, temperature
+        )
+    read, head = target.flatten(0, 1), multiplied(*teacher.head_parameters())
+
+    def terms(part: slice, ours: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        theirs = teacher.logits(read[part], *head).to(torch.float32, copy=True)
+        return soft_target_terms(ours, theirs, labels[part], alpha, temperature)
+
+    return terms
 
 
 def chunked_objective(
     student: LanguageModel,
     teacher: LanguageModel,
     final: torch.Tensor,
-    target: torch.Tensor,
+    target: torch.Tensor | TopK,
     labels: torch.Tensor,
     weights: torch.Tensor,
     alpha: float,
@@ -179,13 +249,12 @@ def chunked_objective(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`distillation_terms` where logits of all tokens would be large.
 
-    final and target: what the heads of student and teacher read, (B, T, C); labels (B, T), IGNORED
-    where a token does not count; weights (B,). Returns mean_b weights_b (alpha CE_b + (1 - alpha)
-    KL_b), with gradients, and CE and KL, (B,) each, without. At most LOGITS_AT_ONCE logits of each
-    model exist at a time.
+    final and target: what the heads of student and teacher read, (B, T, C), or of the teacher its
+    most likely tokens at this temperature, (B, T, K); labels (B, T), IGNORED where a token does not
+    count; weights (B,). Returns mean_b weights_b (alpha CE_b + (1 - alpha) KL_b), with gradients,
+    and CE and KL, (B,) each, without. At most LOGITS_AT_ONCE logits of each model exist at a time.
     """
     weight, bias = student.head_parameters()
-    theirs = multiplied(*teacher.head_parameters())
     counted = labels != IGNORED
     share = weights.float() / (counted.sum(1).clamp_min(1) * len(labels))
     each = (share[:, None] * counted).flatten()
@@ -194,11 +263,10 @@ def chunked_objective(
         weight,
         bias,
         student.logits,
-        lambda x: teacher.logits(x, *theirs),
-        target.flatten(0, 1),
-        labels.clamp_min(0).flatten(),
+        terms_of(teacher, target, labels.clamp_min(0).flatten(), alpha, temperature),
         each,
-        (alpha, temperature, max(1, LOGITS_AT_ONCE // student.vocab_size)),
+        alpha,
+        max(1, LOGITS_AT_ONCE // student.vocab_size),
     )
     ce, kl = (window_means(x.view(labels.shape), labels) for x in (ce, kl))
     return total, ce, kl
@@ -212,14 +280,15 @@ def distillation_objective(
     student: LanguageModel,
     teacher: LanguageModel,
     final: torch.Tensor,
-    target: torch.Tensor,
+    target: torch.Tensor | TopK,
     labels: torch.Tensor,
     weights: torch.Tensor | None,
     alpha: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`chunked_objective`, or the same from whole logits where these are few."""
-    if labels.numel() * student.vocab_size > LOGITS_AT_ONCE:
+    """`chunked_objective`, or the same from whole logits where these are few and the teacher's are
+    at hand."""
+    if isinstance(target, TopK) or labels.numel() * student.vocab_size > LOGITS_AT_ONCE:
         ones = torch.ones(len(labels), device=labels.device) if weights is None else weights
         return chunked_objective(student, teacher, final, target, labels, ones, alpha, temperature)
     with torch.no_grad():

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 from hybrid_optimization import native_bfloat16
 from lowbit import UserError
@@ -39,6 +40,7 @@ from lowbit.training.estimate import (
     weights,
 )
 from lowbit.training.parallel import ALONE, World
+from lowbit.training.teacher_cache import Record, TeacherCache, open_cache
 from lowbit.training.validation import autocast, batch_of
 
 CALIBRATION_BATCH = 8  # windows at a time
@@ -67,7 +69,7 @@ def kept_denormals() -> Iterator[None]:
 
 def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
     """Fill in what depends on the teacher and on where the student starts."""
-    chosen = o.blocks_8bit is not None
+    chosen = o.edge_blocks is not None
     settle_by_teacher(o, tokenizer.name)
     settle_student(o, teacher)
     settle_by_start(o, tokenizer.name)
@@ -77,22 +79,33 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
     if o.calibrate is None:
         o.calibrate = o.hybrid and converts and not o.learnable_scale
     blocks = o.student_layers or len(teacher.blocks)
-    if not chosen and sum(o.blocks_8bit) > blocks // 2:  # of a few blocks the ends are most
-        o.blocks_8bit = [0, 0]
-    if sum(o.blocks_8bit) >= blocks:
-        first, last = o.blocks_8bit
-        raise UserError(f"--blocks_8bit {first} {last}: of {blocks} blocks none would be left")
+    if not chosen and sum(o.edge_blocks) > blocks // 2:  # of a few blocks the ends are most
+        o.edge_blocks = [0, 0]
+    if sum(o.edge_blocks) >= blocks:
+        first, last = o.edge_blocks
+        raise UserError(f"--edge_blocks {first} {last}: of {blocks} blocks none would be left")
+    if o.edge_bits == 4 and any(o.edge_blocks):
+        linears = (m for m in teacher.blocks.modules() if isinstance(m, nn.Linear))
+        refuse_rows("--edge_bits 4", (m.in_features for m in linears))
+    if o.cache_teacher and o.cache_teacher >= teacher.vocab_size:
+        raise UserError(
+            f"--cache_teacher {o.cache_teacher}: keep fewer, the vocabulary has only "
+            f"{teacher.vocab_size} tokens"
+        )
     if o.embedding_bits == 4:
         if not isinstance(teacher, TransformersLM) or o.student_size != "same":
             raise UserError(
                 "--embedding_bits 4 needs a student of transformers: the plain decoder trains its "
                 "embedding, in 8 bits"
             )
-        if teacher.hidden_size % BLOCK:
-            raise UserError(
-                f"--embedding_bits 4: rows of {teacher.hidden_size} weights are no multiple of "
-                f"{BLOCK}"
-            )
+        refuse_rows("--embedding_bits 4", [teacher.hidden_size])
+
+
+def refuse_rows(flag: str, widths: Iterable[int]) -> None:
+    """UserError for a row that blocks of 4-bit codes do not fill."""
+    for width in widths:
+        if width % BLOCK:
+            raise UserError(f"{flag}: rows of {width} weights are no multiple of {BLOCK}")
 
 
 def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | None:
@@ -103,13 +116,14 @@ def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | 
 
 
 def quantize(o: argparse.Namespace, student: LanguageModel) -> None:
-    first, last = o.blocks_8bit
+    first, last = o.edge_blocks
     quantize_model(
         student,
         o.mode,
         learnable_scale=o.learnable_scale,
         first=first,
         last=last,
+        edge_bits=o.edge_bits,
         embedding_bits=o.embedding_bits,
     )
 
@@ -154,6 +168,19 @@ def own_text(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer
     bar = progress_bar(total=o.self_tokens, desc="The teacher writes", unit="token")
     with bar, autocast(device, choose_dtype(device, teacher)):
         return str(written_by(teacher, tokenizer, o.self_tokens, o.seed, bar.update))
+
+
+def cache_of(
+    o: argparse.Namespace, teacher: LanguageModel, corpus: Corpus, fingerprint: str
+) -> TeacherCache:
+    """Where --cache_teacher keeps what a teacher, whose weights have this fingerprint, says of the
+    text. UserError where the disk is too small."""
+    record = Record(o.seq_len, o.cache_teacher, teacher.vocab_size, o.temperature)
+    windows = len(corpus.train)
+    device = teacher.embedding.weight.device
+    about = [fingerprint, corpus.fingerprint, corpus.opening, device.type]
+    about += [str(choose_dtype(device, teacher)), windows]
+    return open_cache(record, min(windows, o.epochs * (o.samples_per_epoch or windows)), about)
 
 
 def plan(

@@ -25,9 +25,15 @@ from lowbit.quantization.layers import rounded_once, strength
 from lowbit.text.corpus import Corpus
 from lowbit.text.tokenizers import Tokenizer
 from lowbit.training.baselines import Baseline
-from lowbit.training.losses import distillation_objective, hidden_state_loss, weighted_mean
+from lowbit.training.losses import (
+    TopK,
+    distillation_objective,
+    hidden_state_loss,
+    weighted_mean,
+)
 from lowbit.training.parallel import ALONE, World
 from lowbit.training.resume import settings_of
+from lowbit.training.teacher_cache import TeacherCache, most_likely
 from lowbit.training.validation import autocast, batch_of, counted_tokens
 
 
@@ -45,6 +51,7 @@ class Setup:
     dtype: torch.dtype | None  # that models compute in; None: float32
     world: World = ALONE
     teacher_print: str = ""  # of the weights as they were loaded
+    known: TeacherCache | None = None  # of the teacher's answers, where they are kept
 
     @property
     def lr(self) -> float:
@@ -123,22 +130,33 @@ def make_step(
     )
     hidden_weight = o.hidden_weight if same_blocks else 0.0
 
-    def one_pass(windows: np.ndarray, weights: np.ndarray) -> tuple[torch.Tensor, ...]:
+    def asked(inputs: torch.Tensor) -> TopK:
+        final = s.teacher.features(inputs).final
+        return most_likely(s.teacher, final, o.cache_teacher, o.temperature)
+
+    def one_pass(
+        indices: np.ndarray, windows: np.ndarray, weights: np.ndarray
+    ) -> tuple[torch.Tensor, ...]:
         """Add the gradients of the mean of these windows' objectives times their weights (B,).
         Returns each window's objective, cross-entropy and KL, (B,) each."""
         inputs, labels = batch_of(windows, s.device)
         factors = torch.from_numpy(weights).float().to(s.device)
 
         with autocast(s.device, s.dtype):
+            target: torch.Tensor | TopK
             with torch.no_grad():
-                target = s.teacher.features(inputs)
+                if s.known:
+                    target, hints = s.known.of(indices, inputs, asked), []
+                else:
+                    found = s.teacher.features(inputs)
+                    target, hints = found.final, found.hidden_states
             with recomputed(s.student.blocks if o.activation_checkpointing else ()):
                 out = s.student.features(inputs)
             objective, ce, kl = distillation_objective(
                 s.student,
                 s.teacher,
                 out.final,
-                target.final,
+                target,
                 labels,
                 factors,
                 o.alpha,
@@ -146,7 +164,7 @@ def make_step(
             )
         each = (o.alpha * ce + (1 - o.alpha) * kl).detach()
         if hidden_weight:
-            hint = hidden_state_loss(out.hidden_states, target.hidden_states, labels)
+            hint = hidden_state_loss(out.hidden_states, hints, labels)
             objective = objective + hidden_weight * weighted_mean(hint, factors)
             each = each + hidden_weight * hint.detach()
         objective.backward()
@@ -168,7 +186,7 @@ def make_step(
             for i in range(mine.start, mine.stop, o.micro_batch_size):
                 part = slice(i, min(i + o.micro_batch_size, mine.stop))
                 factors = weights[part] * len(weights[part]) * own
-                found.append(one_pass(windows[part], factors))
+                found.append(one_pass(indices[part], windows[part], factors))
         here = torch.stack([torch.cat(x) for x in zip(*found, strict=True)])
         each, ce, kl = s.world.gather(here, len(indices))
         s.world.sum_up([p.grad for p in s.student.parameters() if p.grad is not None])
