@@ -15,7 +15,7 @@ import gc
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,9 @@ from lowbit.training.preparation import (
     calibrate_student,
     choose_device,
     choose_dtype,
+    choose_more_bits,
     kept_denormals,
+    more_bits_line,
     output_paths,
     own_text,
     plan,
@@ -96,12 +98,12 @@ def set_up(
     say: Callable[[str], None] = lambda line: None,
     *,
     claim: Callable[[], None] = lambda: None,
-    calibrates: bool = True,
+    more: Collection[str] | None = None,
     world: World = ALONE,
 ) -> Setup:
     """Load and make what a run needs. claim: called when the output folder is there and before
-    anything is written to it; calibrates: False where the student's weights are to be loaded;
-    world: the processes that do the same."""
+    anything is written to it; more: of a run whose weights are to be loaded, names of the layers
+    that have more bits; world: the processes that do the same."""
     require_logs(o)
     device = world.device(choose_device(o.device))
     torch.manual_seed(o.seed)
@@ -157,9 +159,13 @@ def set_up(
     student = make_student(o, teacher).to(device)
     if o.qat:
         same = student.describe() == teacher.describe()
-        calibrates = calibrates and o.calibrate
+        calibrates = o.calibrate and more is None
+        if more is None:
+            more = world.first(lambda: choose_more_bits(o, student, corpus))
+            if o.target_bits is not None:
+                say(more_bits_line(o, student, more))
         original = teacher if same or not calibrates else copy.deepcopy(student)
-        quantize(o, student)
+        quantize(o, student, more)
         if calibrates:
             calibrate_student(o, student, original, corpus)
     world.hand_out([*student.parameters(), *student.buffers()])
@@ -167,8 +173,9 @@ def set_up(
         hold_linears(teacher, dtype)
     per_epoch = math.ceil((o.samples_per_epoch or n) / o.batch_size)
     s = Setup(
-        o, device, tokenizer, corpus, teacher, student, per_epoch, dtype, world, fingerprint, known
-    )
+        o, device, tokenizer, corpus, teacher, student, per_epoch, dtype, world, fingerprint,
+        known, sorted(more or ()),
+    )  # fmt: skip
     if world.count > 1 and world.first(s.about) != s.about():
         raise UserError("the processes read another teacher or text, or got other flags")
     return s
@@ -255,7 +262,10 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
         save_float32(paths["float32"], s.student.config, state, vocabulary)
     if not o.qat:
         unrounded = copy.deepcopy(s.student)
-        quantize(o, s.student)
+        more = choose_more_bits(o, s.student, s.corpus)
+        if o.target_bits is not None:
+            say(more_bits_line(o, s.student, more))
+        quantize(o, s.student, more)
         if o.calibrate:
             calibrate_student(o, s.student, unrounded, s.corpus)
     about = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
@@ -321,10 +331,12 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
         f"included; the embedding is held in {o.embedding_bits} bits"
     )
     if isinstance(student, TransformersLM):
-        first, last = o.edge_blocks
         parts = [f"{k} {n:,} weights, {b:,} bytes" for k, (n, b) in size.parts.items()]
-        held = f"embedding and head in {o.embedding_bits} bits, the first {first} and the last "
-        say(f"Stored as: {'; '.join(parts)}; {held}{last} blocks in {o.edge_bits}")
+        held = f"embedding and head in {o.embedding_bits} bits"
+        if o.target_bits is None:
+            first, last = o.edge_blocks
+            held += f", the first {first} and the last {last} blocks in {o.high_bits}"
+        say(f"Stored as: {'; '.join(parts)}; {held}")
     prompt = SAMPLE_PROMPT[unit]
     ids = generate(student, opened(s.tokenizer, prompt), SAMPLE_TOKENS[unit], seed=o.seed)
     say(f"Sample: {prompt}{s.tokenizer.decode(ids)}")
@@ -362,7 +374,8 @@ def run(
             elif not saved.there:
                 raise UserError(f"--resume: the run in {o.output_dir} has just gone on; try again")
 
-        setup = set_up(o, say, claim=claim, calibrates=saved is None, world=world)
+        more = saved.about.get("more_bits", []) if saved else None
+        setup = set_up(o, say, claim=claim, more=more, world=world)
         if saved:
             refuse_others(saved, setup.about())
             argv = [*saved.about["command"], *argv]

@@ -53,6 +53,7 @@ BY_TEACHER: dict[str, tuple[Any, Any]] = {
 SELF_TOKENS = 200_000  # that a teacher writes, where asked to
 WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
 HIDDEN_WEIGHT = 0.5
+NOMINAL = {"ternary": 1.58, "1bit": 1.0}  # bits a low-bit weight, scales apart
 ADAMW_MOMENTUM = 0.9  # of what muon leaves to AdamW
 
 
@@ -103,15 +104,21 @@ def make_parser() -> Parser:
         type=number(int, 0),
         nargs=2,
         metavar=("FIRST", "LAST"),
-        help="so many blocks at either end have more bits (default 0 0 for bytes, 1 1 for a "
+        help="so many blocks at either end have --high_bits (default 0 0 for bytes, 1 1 for a "
         "teacher's own vocabulary)",
     )
     g.add_argument(
-        "--edge_bits",
+        "--target_bits",
+        type=number(float, 1, 8),
+        metavar="BITS",
+        help="instead: the matrices whose rounding the loss feels most have --high_bits, so many "
+        "that a weight of the blocks has BITS in the mean",
+    )
+    g.add_argument(
+        "--high_bits",
         type=int,
         choices=[8, 4],
-        default=8,
-        help="a weight of --edge_blocks (default 8)",
+        help="a weight of --edge_blocks (default 8) or --target_bits (default 4)",
     )
     g.add_argument(
         "--embedding_bits",
@@ -431,6 +438,17 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if o.hidden_weight is None:
         o.hidden_weight = 0.0 if o.cache_teacher else HIDDEN_WEIGHT
     o.mode = "ternary" if o.ternary else "1bit"
+    if o.target_bits is not None:
+        if o.edge_blocks is not None:
+            raise UserError("--target_bits contradicts --edge_blocks; give one")
+        o.edge_blocks = [0, 0]
+    if o.high_bits is None:
+        o.high_bits = 8 if o.target_bits is None else 4
+    if o.target_bits is not None and not NOMINAL[o.mode] <= o.target_bits <= o.high_bits:
+        raise UserError(
+            f"--target_bits {o.target_bits:g}: from {NOMINAL[o.mode]:g} to {o.high_bits}, the bits "
+            "of low-bit weights and of those that get more"
+        )
     o.save_metrics = o.save_metrics or o.metrics_out is not None
     if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):
         raise UserError(f"--metrics_out {o.metrics_out}: the name must end in .csv")

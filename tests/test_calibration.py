@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.quantization import calibration
 from lowbit.quantization.calibration import calibrate, fit_scale, latent_weights, round_columns
-from lowbit.quantization.layers import QATLinear, quantize_model, sign_codes, ternary_codes
+from lowbit.quantization.layers import (
+    QATLinear,
+    edge_layers,
+    quantize_model,
+    sign_codes,
+    ternary_codes,
+)
 from lowbit.training.losses import distillation_terms
 
 QUANTIZE = {"ternary": ternary_codes, "1bit": sign_codes}
@@ -177,7 +183,7 @@ def test_blocks_of_8_bits_are_refitted_and_nearly_exact():
     teacher, _, ids = small_models("ternary")
     student = CausalLM(teacher.config)
     student.load_state_dict(teacher.state_dict())
-    quantize_model(student, "ternary", first=1)
+    quantize_model(student, "ternary", more=edge_layers(student, 1))
     kinds = [{m.mode for m in b.modules() if isinstance(m, QATLinear)} for b in student.blocks]
     assert kinds == [{"int8"}, {"ternary"}]
     calibrate(student, teacher, [ids])

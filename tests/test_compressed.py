@@ -16,7 +16,7 @@ from lowbit.files.compressed import pack_words
 from lowbit.files.packed import save_packed
 from lowbit.models.teacher import from_folder
 from lowbit.models.transformers_lm import TransformersLM
-from lowbit.quantization.layers import quantize_model
+from lowbit.quantization.layers import edge_layers, quantize_model
 from lowbit.text.tokenizers import TeacherTokenizer
 
 pytest.importorskip("transformers")
@@ -35,7 +35,9 @@ def exported(
     """Folders in float32 and in codes of a student with random codes, the first block, and
     embedding and head, in so many bits."""
     model = TransformersLM(tiny_net(kind, **changes))
-    quantize_model(model, mode, scope=scope, first=1, edge_bits=edge, embedding_bits=bits)
+    quantize_model(
+        model, mode, scope=scope, more=edge_layers(model, 1), high_bits=edge, embedding_bits=bits
+    )
     path = folder / "student.npz"
     save_packed(path, model, TeacherTokenizer(tiny_tokenizer(), 320).describe())
     for type_ in ([], ["--type", "packed"]):

@@ -16,7 +16,7 @@ from hybrid_optimization import HybridTrainingConfig
 from lowbit import __version__
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.models.decoder import CausalLM, ModelConfig
-from lowbit.quantization.layers import hold, quantize_model
+from lowbit.quantization.layers import edge_layers, hold, quantize_model
 from lowbit.text.tokenizers import ByteTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,7 @@ def test_the_guides_reader_reads_a_packed_file(tmp_path, monkeypatch, mode):
     if mode == "int4":
         hold(model.embedding, 4)
     else:
-        quantize_model(model, mode, first=1)
+        quantize_model(model, mode, more=edge_layers(model, 1))
     (tmp_path / "student").mkdir()
     path = tmp_path / "student" / "student_quantized_ternary_1.58bit_qat.npz"
     save_packed(path, model, ByteTokenizer().describe())

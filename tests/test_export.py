@@ -17,7 +17,7 @@ from lowbit.files.gguf_file import TYPES, choose_type, export_gguf
 from lowbit.files.packed import Packed, Stored, load_packed, read_packed, save_packed
 from lowbit.files.padding import padding
 from lowbit.models.transformers_lm import TransformersLM, build_transformers
-from lowbit.quantization.layers import quantize_model
+from lowbit.quantization.layers import edge_layers, quantize_model
 from lowbit.text import pre_tokenizers
 from lowbit.text.tokenizers import TeacherTokenizer
 
@@ -47,7 +47,7 @@ def student(
     tokenizer = tiny_tokenizer(300)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
     model = TransformersLM(net)
-    quantize_model(model, mode, first=1, edge_bits=bits, embedding_bits=bits)
+    quantize_model(model, mode, more=edge_layers(model, 1), high_bits=bits, embedding_bits=bits)
     path = folder / "student.npz"
     save_packed(path, model, TeacherTokenizer(tokenizer, 320).describe())
     return path

@@ -42,11 +42,12 @@ CASES = [  # three epochs of three steps; between them every pair of what change
     ("--ternary --qat --optimizer schedulefree", 4),
     ("--ternary --qat --optimizer prodigy", 4),
     ("--hybrid --ternary --qat --cache_teacher 16 --temperature 2", 4),
+    ("--hybrid --ternary --qat --target_bits 2.2", 5),
     ("--hybrid --ternary --qat --save_metrics", 9),  # trained, but no file is written
 ]
 #: Of a model that has layers and tokens of its own.
 OF_TOKENS = (
-    "--student_layers 2 --edge_blocks 1 0 --edge_bits 4 --embedding_bits 4 --self_tokens 4000"
+    "--student_layers 2 --edge_blocks 1 0 --high_bits 4 --embedding_bits 4 --self_tokens 4000"
 )
 
 

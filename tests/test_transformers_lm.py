@@ -25,7 +25,13 @@ from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import FAMILIES as TRIED
 from lowbit.models.transformers_lm import TransformersLM, build_transformers, clone, from_config
 from lowbit.quantization.calibration import calibrate
-from lowbit.quantization.layers import QATLinear, latent, low_bit_layers, quantize_model
+from lowbit.quantization.layers import (
+    QATLinear,
+    edge_layers,
+    latent,
+    low_bit_layers,
+    quantize_model,
+)
 from lowbit.text.corpus import load_corpus
 from lowbit.text.self_written import chat_turns, written_by
 from lowbit.text.tokenizers import ByteTokenizer, TeacherTokenizer, opened, tokenizer_from
@@ -222,7 +228,7 @@ def test_the_whole_run_with_an_embedding_of_4_bits(text_file, tmp_path, capsys, 
     out = tmp_path / "out"
     teacher = tiny_folder(tmp_path / "teacher", "llama", tie_word_embeddings=tied)
     words = f"--ternary --qat --epochs 1 --samples_per_epoch 8 --seq_len 32 --device cpu --data \
-        {text_file} --output_dir {out} --edge_blocks 1 0 --edge_bits {edge} --embedding_bits 4 \
+        {text_file} --output_dir {out} --edge_blocks 1 0 --high_bits {edge} --embedding_bits 4 \
         --export gguf"
     assert distillation.main([*words.split(), "--teacher", str(teacher)]) == 0
     printed = capsys.readouterr().out
@@ -240,7 +246,7 @@ def test_the_whole_run_with_an_embedding_of_4_bits(text_file, tmp_path, capsys, 
     assert types["blk.0.ffn_up.weight"] == f"Q{edge}_0"
     weights += sum(m.weight.numel() for m in linear_layers(model.blocks[0]).values()) * (edge == 4)
     assert f"int4 {weights:,} weights, " in printed
-    quantize_model(model, "ternary", first=1, edge_bits=edge, embedding_bits=4)
+    quantize_model(model, "ternary", more=edge_layers(model, 1), high_bits=edge, embedding_bits=4)
     save_packed(tmp_path / "again.npz", model, vocabulary, notes=notes)
     assert (tmp_path / "again.npz").read_bytes() == path.read_bytes()
 

@@ -56,7 +56,9 @@ def by_ggml(layer: torch.nn.Embedding) -> None:
 def sizes(teacher: TransformersLM, tokenizer: Tokenizer, bits: int) -> dict[str, Any]:
     """Bytes of both files of a ternary student, the first and the last block in 8 bits."""
     student = clone(teacher)
-    layers.quantize_model(student, "ternary", first=1, last=1, embedding_bits=bits)
+    layers.quantize_model(
+        student, "ternary", more=layers.edge_layers(student, 1, 1), embedding_bits=bits
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "student.npz")
         report = save_packed(path, student, tokenizer.describe())

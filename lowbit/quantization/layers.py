@@ -8,7 +8,7 @@ pass*, so that what is trained is what is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lowbit.models.decoder import CausalLM
-from lowbit.models.interface import LanguageModel
+from lowbit.models.interface import LanguageModel, linear_layers
 
 MODES = ("ternary", "1bit", "int8", "int4")
 SCOPES = ("row", "tensor")
@@ -291,37 +291,51 @@ class QATEmbedding(nn.Embedding):
 # ------------------------------------------------------------------------------------- conversion
 
 
+def block_layers(model: LanguageModel) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks by the number of their block and their name in it, such as
+    "0.mlp.up_proj"."""
+    return {
+        f"{i}.{name}": layer
+        for i, block in enumerate(model.blocks)
+        for name, layer in linear_layers(block).items()
+    }
+
+
+def edge_layers(model: LanguageModel, first: int, last: int = 0) -> list[str]:
+    """Names of the layers in the first and the last so many blocks."""
+    start = len(model.blocks) - last
+    numbers = {n: int(n.partition(".")[0]) for n in block_layers(model)}
+    return [n for n, i in numbers.items() if i < first or i >= start]
+
+
 def quantize_model(
     model: LanguageModel,
     mode: str,
     *,
     scope: str = "row",
     learnable_scale: bool = False,
-    first: int = 0,
-    last: int = 0,
-    edge_bits: int = 8,
+    more: Collection[str] = (),
+    high_bits: int = 8,
     embedding_bits: int = 8,
 ) -> LanguageModel:
     """Replace, in place, every linear layer of the blocks by `QATLinear`, and the embedding of the
     plain decoder by `QATEmbedding`, whose untied head stays float. Latent parameters keep their
-    names and identity. The first and the last so many blocks have ``edge_bits``, 8 or 4. Embedding
-    and head of other decoders are held in 8 or 4 bits, frozen."""
-    for i, block in enumerate(model.blocks):
-        edge = i < first or i >= len(model.blocks) - last
-        kind = (f"int{edge_bits}", "row", False) if edge else (mode, scope, learnable_scale)
-        for module in list(block.modules()):
-            for name, child in list(module.named_children()):
-                if type(child) is nn.Linear:
-                    setattr(module, name, QATLinear.from_linear(child, *kind))
+    names and identity. Layers named in ``more``, as `block_layers` names them, have ``high_bits``,
+    8 or 4. Embedding and head of other decoders are held in 8 or 4 bits, frozen."""
+    low, high = (mode, scope, learnable_scale), (f"int{high_bits}", "row", False)
+    for name, layer in block_layers(model).items():
+        block, _, path = name.partition(".")
+        rounds = QATLinear.from_linear(layer, *(high if name in more else low))
+        model.blocks[int(block)].set_submodule(path, rounds)
     if isinstance(model, CausalLM):
         old = model.embedding
         new = QATEmbedding(old.num_embeddings, old.embedding_dim, _weight=old.weight)
         new.weight = old.weight
         model.model.embed_tokens = new
     else:
-        for layer in (model.embedding, model.output):
-            if layer is not None:
-                hold(layer, embedding_bits)
+        for held in (model.embedding, model.output):
+            if held is not None:
+                hold(held, embedding_bits)
     return model
 
 

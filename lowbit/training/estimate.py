@@ -18,6 +18,7 @@ GIB = 2**30
 KEPT_OF_WIDTH, KEPT_OF_OUTPUTS = 6, 1.5
 #: A training step takes as long as so many passes of the teacher's blocks, and so many of its head.
 STEP_PASSES, HEAD_PASSES = 6, 4
+BACKWARD_PASSES = 4  # of the blocks: gradients of a token's loss by all weights
 CALIBRATION_PASSES = 10  # of the blocks, on each of calibration's tokens
 HEAD_TOKENS = 128  # on which a pass of the head is timed
 PROCESS = 0.4 * GIB  # Python and its libraries

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 
 from hybrid_optimization import native_bfloat16
 from lowbit import UserError
@@ -20,13 +20,23 @@ from lowbit.console import Waiting, draws, progress_bar
 from lowbit.models.interface import LanguageModel
 from lowbit.models.student import settle_student
 from lowbit.models.transformers_lm import TransformersLM
-from lowbit.options import settle_by_start, settle_by_teacher
+from lowbit.options import NOMINAL, settle_by_start, settle_by_teacher
 from lowbit.quantization.calibration import calibrate
-from lowbit.quantization.layers import BLOCK, quantize_model
+from lowbit.quantization.layers import (
+    BLOCK,
+    block_layers,
+    edge_layers,
+    from_codes,
+    quantize_model,
+    sign_codes,
+    ternary_codes,
+)
+from lowbit.quantization.precision import rounding_costs, with_more_bits
 from lowbit.text.corpus import Corpus
 from lowbit.text.self_written import written_by
 from lowbit.text.tokenizers import Tokenizer
 from lowbit.training.estimate import (
+    BACKWARD_PASSES,
     CALIBRATION_PASSES,
     GIB,
     HEAD_PASSES,
@@ -44,6 +54,7 @@ from lowbit.training.teacher_cache import Record, TeacherCache, open_cache
 from lowbit.training.validation import autocast, batch_of
 
 CALIBRATION_BATCH = 8  # windows at a time
+COST_TOKENS = 4096  # of text, by which matrices are weighed
 #: Tokens of a forward pass: at most, as the default; and those below which it becomes slow.
 PASS_TOKENS = {"cpu": (1024, 128), "cuda": (1 << 20, 2048)}
 
@@ -84,9 +95,9 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
     if sum(o.edge_blocks) >= blocks:
         first, last = o.edge_blocks
         raise UserError(f"--edge_blocks {first} {last}: of {blocks} blocks none would be left")
-    if o.edge_bits == 4 and any(o.edge_blocks):
-        linears = (m for m in teacher.blocks.modules() if isinstance(m, nn.Linear))
-        refuse_rows("--edge_bits 4", (m.in_features for m in linears))
+    if o.high_bits == 4 and any(o.edge_blocks):
+        layers = block_layers(teacher).values()
+        refuse_rows("--high_bits 4", (m.in_features for m in layers))
     if o.cache_teacher and o.cache_teacher >= teacher.vocab_size:
         raise UserError(
             f"--cache_teacher {o.cache_teacher}: keep fewer, the vocabulary has only "
@@ -115,16 +126,62 @@ def choose_dtype(device: torch.device, teacher: LanguageModel) -> torch.dtype | 
     return torch.bfloat16 if fast else None
 
 
-def quantize(o: argparse.Namespace, student: LanguageModel) -> None:
-    first, last = o.edge_blocks
+def quantize(o: argparse.Namespace, student: LanguageModel, more: Collection[str]) -> None:
+    """Exchange a float student's layers for those that round; ``more``: of `choose_more_bits`."""
     quantize_model(
         student,
         o.mode,
         learnable_scale=o.learnable_scale,
-        first=first,
-        last=last,
-        edge_bits=o.edge_bits,
+        more=more,
+        high_bits=o.high_bits,
         embedding_bits=o.embedding_bits,
+    )
+
+
+def some_text(o: argparse.Namespace, corpus: Corpus, tokens: int) -> np.ndarray:
+    """Training windows of the seed's choice, of at least so many tokens where there are."""
+    order = np.random.default_rng(o.seed).permutation(len(corpus.train))
+    return corpus.take(order[: math.ceil(tokens / o.seq_len)])
+
+
+def choose_more_bits(o: argparse.Namespace, student: LanguageModel, corpus: Corpus) -> list[str]:
+    """Names of the float student's layers that get --high_bits. UserError where none can."""
+    if o.target_bits is None:
+        return edge_layers(student, *o.edge_blocks)
+    layers = block_layers(student)
+    fit = {n: m for n, m in layers.items() if o.high_bits == 8 or not m.in_features % BLOCK}
+    if not fit:
+        refuse_rows("--high_bits 4", (m.in_features for m in layers.values()))
+    device = student.embedding.weight.device
+    codes_of = ternary_codes if o.mode == "ternary" else sign_codes
+    with torch.no_grad():
+        changes = {
+            n: (from_codes(*codes_of(m.weight)) - m.weight).bfloat16() for n, m in fit.items()
+        }
+    windows = batch_of(some_text(o, corpus, COST_TOKENS), device)[0].split(1)
+    large = isinstance(student, TransformersLM)
+    bar = partial(progress_bar, desc="Weighing matrices", unit="window")
+    with (
+        autocast(device, choose_dtype(device, student) if large else None),
+        nullcontext() if draws() else Waiting("Weighing matrices"),
+    ):
+        generator = torch.Generator().manual_seed(o.seed)
+        costs = rounding_costs(student, windows, changes, generator, progress=bar)
+    sizes = {n: m.weight.numel() for n, m in layers.items()}
+    return sorted(with_more_bits(costs, sizes, NOMINAL[o.mode], o.high_bits, o.target_bits))
+
+
+def more_bits_line(o: argparse.Namespace, student: LanguageModel, more: Collection[str]) -> str:
+    """What `choose_more_bits` chose, for a person."""
+    layers = block_layers(student)
+    sizes = {n: m.weight.numel() for n, m in layers.items()}
+    share = sum(sizes[n] for n in more) / sum(sizes.values())
+    mean = o.high_bits * share + NOMINAL[o.mode] * (1 - share)
+    kinds = Counter(n.rpartition(".")[2] for n in more).most_common()
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    return (
+        f"{len(more)} of {len(layers)} matrices have {o.high_bits} bits, {mean:.2f} a weight in "
+        f"the mean: {listed}"
     )
 
 
@@ -133,9 +190,7 @@ def calibrate_student(
 ) -> None:
     """Round a student that holds the original's weights, by windows of the seed's choice."""
     device = student.embedding.weight.device
-    order = np.random.default_rng(o.seed).permutation(len(corpus.train))
-    windows = corpus.take(order[: math.ceil(o.calibration_tokens / o.seq_len)])
-    ids = batch_of(windows, device)[0]
+    ids = batch_of(some_text(o, corpus, o.calibration_tokens), device)[0]
     batches = [*ids.split(CALIBRATION_BATCH)]
     large = isinstance(student, TransformersLM)
     with autocast(device, choose_dtype(device, original) if large else None):
@@ -224,6 +279,8 @@ def plan(
     windows_in_all = o.epochs * (o.samples_per_epoch or len(corpus.train))
     of_step = (STEP_PASSES + o.activation_checkpointing) * of_blocks + HEAD_PASSES * of_head
     seconds = windows_in_all * o.seq_len * of_step / world.count
+    if o.target_bits is not None:
+        seconds += COST_TOKENS * (BACKWARD_PASSES * of_blocks + HEAD_PASSES * of_head)
     if o.calibrate:
         seconds += o.calibration_tokens * CALIBRATION_PASSES * of_blocks
     memory = needed(o.micro_batch_size, o.activation_checkpointing)

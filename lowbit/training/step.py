@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class Setup:
     world: World = ALONE
     teacher_print: str = ""  # of the weights as they were loaded
     known: TeacherCache | None = None  # of the teacher's answers, where they are kept
+    more_bits: Sequence[str] = ()  # layers of the student that have more than low bits
 
     @property
     def lr(self) -> float:
@@ -67,6 +68,7 @@ class Setup:
             "settings": settings_of(self.options),
             "text": self.corpus.fingerprint,
             "teacher": self.teacher_print,
+            "more_bits": list(self.more_bits),
         }
 
 

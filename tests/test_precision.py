@@ -1,0 +1,160 @@
+"""Which matrices get more bits: estimated costs against the divergence itself, the choice, and
+runs."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+import distillation
+from lowbit.files.packed import read_packed
+from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.models.interface import LanguageModel
+from lowbit.quantization.layers import block_layers, edge_layers
+from lowbit.quantization.precision import rounding_costs, with_more_bits
+from tests.resuming import HYBRID, SMALL
+
+SMALL_MODEL = ModelConfig(
+    vocab_size=24, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=1,
+)  # fmt: skip
+
+
+def model_and_windows(windows: int) -> tuple[LanguageModel, list[torch.Tensor]]:
+    model = CausalLM(SMALL_MODEL).initialise(0)
+    with torch.no_grad():  # a model that prefers some tokens
+        model.embedding.weight.mul_(4)
+    ids = torch.randint(0, 24, (windows, 1, 10), generator=torch.Generator().manual_seed(1))
+    return model, list(ids)
+
+
+@torch.no_grad()
+def divergence(model: LanguageModel, layer: torch.nn.Linear, change, windows) -> float:
+    """KL(as it is || changed), nats a token."""
+    ids = torch.cat(windows)
+    before = F.log_softmax(model(ids).logits.double(), -1)
+    layer.weight.add_(change)
+    after = F.log_softmax(model(ids).logits.double(), -1)
+    layer.weight.sub_(change)
+    return float((before.exp() * (before - after)).sum(-1).mean())
+
+
+def test_costs_are_the_divergence_of_small_changes():
+    """Of labels drawn a few thousand times, within what such a sample leaves."""
+    model, windows = model_and_windows(4)
+    layers = block_layers(model)
+    generator = torch.Generator().manual_seed(2)
+    changes = {
+        n: 0.01 * torch.randn(m.weight.shape, generator=generator) for n, m in layers.items()
+    }
+    found = rounding_costs(model, windows * 250, changes, generator)
+    assert found.keys() == layers.keys()
+    for name, cost in found.items():
+        exact = divergence(model, layers[name], changes[name], windows)
+        assert cost == pytest.approx(exact, rel=0.25), name
+
+
+def test_costs_leave_the_model_as_it_was():
+    model, windows = model_and_windows(2)
+    model.embedding.requires_grad_(False)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    name, layer = next(iter(block_layers(model).items()))
+    one = {name: torch.ones_like(layer.weight)}
+    twice = [
+        rounding_costs(model, windows, one, torch.Generator().manual_seed(3)) for _ in range(2)
+    ]
+    assert twice[0] == twice[1]
+    assert twice[0][name] > 0
+    for n, p in model.named_parameters():
+        assert torch.equal(p, before[n])
+        assert p.requires_grad == required[n]
+        assert p.grad is None
+        assert not p._post_accumulate_grad_hooks
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.integers(1, 50)), min_size=1, max_size=12),
+    st.floats(1.58, 4),
+)
+def test_the_choice_fits_and_leaves_nothing_dearer_out(matrices, target):
+    costs = {str(i): c for i, (c, _) in enumerate(matrices)}
+    sizes = {str(i): n for i, (_, n) in enumerate(matrices)}
+    chosen = with_more_bits(costs, sizes, 1.58, 4, target)
+    total = sum(sizes.values())
+    spent = sum(sizes[n] for n in chosen)
+    mean = (4 * spent + 1.58 * (total - spent)) / total
+    assert mean <= target + 1e-9
+    room = (target - 1.58) / (4 - 1.58) * total
+    for left in costs.keys() - chosen:  # what is left out did not fit beside what is dearer
+        dearer = [n for n in chosen if costs[n] / sizes[n] >= costs[left] / sizes[left]]
+        assert sum(sizes[n] for n in dearer) + sizes[left] > room - 1e-9
+
+
+def test_names_are_those_of_blocks():
+    model, _ = model_and_windows(1)
+    names = list(block_layers(model))
+    assert len(names) == 14
+    assert names[0].startswith("0.")
+    assert edge_layers(model, 1) == [n for n in names if n.startswith("0.")]
+    assert edge_layers(model, 0, 1) == [n for n in names if n.startswith("1.")]
+    assert edge_layers(model, 1, 1) == names
+    assert edge_layers(model, 0) == []
+
+
+# ---------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize(
+    ("words", "low", "high"),
+    [
+        ("--hybrid --ternary --qat", "ternary", "int4"),
+        ("--hybrid --qat --high_bits 8", "1bit", "int8"),
+        ("--hybrid --ternary", "ternary", "int4"),
+    ],
+)
+def test_a_run_keeps_to_its_bits(tiny_teacher, text_file, tmp_path, capsys, words, low, high):
+    flags = ["--teacher", str(tiny_teacher), "--data", str(text_file), *SMALL, *words.split()]
+    flags += ["--calibrate=false", "--target_bits", "2.5", "--output_dir", str(tmp_path)]
+    assert distillation.main(flags) == 0
+    said = re.search(
+        r"(\d+) of (\d+) matrices have (\d) bits, (\d\.\d\d) a weight", capsys.readouterr().out
+    )
+    assert said
+    tensors = read_packed(next(tmp_path.glob("*.npz"))).tensors
+    linear = {n: t for n, t in tensors.items() if ".layers." in n and t.scale is not None}
+    kinds = {n: t.kind for n, t in linear.items()}
+    assert set(kinds.values()) == {low, high}
+    assert sum(k == high for k in kinds.values()) == int(said[1])
+    assert len(kinds) == int(said[2])
+    bits = {"ternary": 1.58, "1bit": 1.0, "int4": 4.0, "int8": 8.0}
+    sizes = np.array([t.values.size for t in linear.values()])
+    mean = float(np.dot(sizes, [bits[k] for k in kinds.values()]) / sizes.sum())
+    assert mean == pytest.approx(float(said[4]), abs=0.006)
+    assert mean <= 2.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--target_bits", "1.5"], "--target_bits 1.5: from 1.58 to 4"),
+        (["--target_bits", "4.5"], "--target_bits 4.5: from 1.58 to 4"),
+        (["--target_bits", "2", "--edge_blocks", "1", "0"], "contradicts --edge_blocks"),
+        (["--target_bits", "9"], "--target_bits: expected"),
+    ],
+)
+def test_bits_that_cannot_be(tiny_teacher, text_file, tmp_path, capsys, flags, told):
+    words = [*HYBRID, "--teacher", str(tiny_teacher), "--data", str(text_file), *flags]
+    try:
+        code: object = distillation.main([*words, "--output_dir", str(tmp_path / "out")])
+    except SystemExit as e:
+        code = e.code
+    assert code == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
