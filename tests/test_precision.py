@@ -4,6 +4,7 @@ runs."""
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import distillation
 from lowbit.files.packed import read_packed
 from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.models.interface import LanguageModel
+from lowbit.options import parse_options
 from lowbit.quantization.layers import block_layers, edge_layers
 from lowbit.quantization.precision import rounding_costs, with_more_bits
+from lowbit.training.preparation import settle_more_bits
 from tests.resuming import HYBRID, SMALL
 
 SMALL_MODEL = ModelConfig(
@@ -35,7 +39,7 @@ def model_and_windows(windows: int) -> tuple[LanguageModel, list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def divergence(model: LanguageModel, layer: torch.nn.Linear, change, windows) -> float:
+def divergence(model: LanguageModel, layer: nn.Linear, change, windows) -> float:
     """KL(as it is || changed), nats a token."""
     ids = torch.cat(windows)
     before = F.log_softmax(model(ids).logits.double(), -1)
@@ -138,6 +142,33 @@ def test_a_run_keeps_to_its_bits(tiny_teacher, text_file, tmp_path, capsys, word
     mean = float(np.dot(sizes, [bits[k] for k in kinds.values()]) / sizes.sum())
     assert mean == pytest.approx(float(said[4]), abs=0.006)
     assert mean <= 2.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "vocabulary", "width", "target", "edges", "high"),
+    [
+        ("--ternary --qat", "bpe", 576, 2.0, [0, 0], 4),
+        ("--qat", "bpe", 576, 1.5, [0, 0], 4),
+        ("--ternary", "bpe", 576, 2.0, [0, 0], 4),
+        ("--ternary --qat --high_bits 8", "bpe", 40, 2.0, [0, 0], 8),
+        ("--ternary --qat", "bpe", 40, None, [1, 1], 8),  # no row is made of whole blocks
+        ("--ternary --qat --student_init random", "bpe", 576, None, [1, 1], 8),  # nothing to weigh
+        ("--ternary --student_init random", "bpe", 576, 2.0, [0, 0], 4),  # trained when it is
+        ("--ternary --qat --edge_blocks 1 0", "bpe", 576, None, [1, 0], 8),
+        ("--ternary --qat --edge_blocks 0 0", "bpe", 576, None, [0, 0], 8),
+        ("--ternary --qat --edge_blocks 1 1 --high_bits 4", "bpe", 576, None, [1, 1], 4),
+        ("--ternary --qat", "bytes", 576, None, [0, 0], 8),
+        ("--ternary --qat --target_bits 3", "bytes", 576, 3.0, [0, 0], 4),
+    ],
+)
+def test_what_is_held_in_more_bits_where_little_is_said(
+    flags, vocabulary, width, target, edges, high
+):
+    o = parse_options(["--hybrid", *flags.split()])
+    o.student_init = o.student_init or "teacher"
+    teacher = SimpleNamespace(blocks=[nn.Sequential(nn.Linear(width, 8)) for _ in range(4)])
+    settle_more_bits(o, teacher, vocabulary, not o.qat or o.student_init == "teacher")
+    assert (o.target_bits, list(o.edge_blocks), o.high_bits) == (target, edges, high)
 
 
 @pytest.mark.parametrize(

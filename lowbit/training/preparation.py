@@ -20,7 +20,7 @@ from lowbit.console import Waiting, draws, progress_bar
 from lowbit.models.interface import LanguageModel
 from lowbit.models.student import settle_student
 from lowbit.models.transformers_lm import TransformersLM
-from lowbit.options import NOMINAL, settle_by_start, settle_by_teacher
+from lowbit.options import NOMINAL, TARGET_BITS, settle_by_start, settle_by_teacher
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import (
     BLOCK,
@@ -80,7 +80,6 @@ def kept_denormals() -> Iterator[None]:
 
 def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> None:
     """Fill in what depends on the teacher and on where the student starts."""
-    chosen = o.edge_blocks is not None
     settle_by_teacher(o, tokenizer.name)
     settle_student(o, teacher)
     settle_by_start(o, tokenizer.name)
@@ -89,15 +88,7 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
         raise UserError("--calibrate with --qat needs --student_init teacher: nothing to round yet")
     if o.calibrate is None:
         o.calibrate = o.hybrid and converts and not o.learnable_scale
-    blocks = o.student_layers or len(teacher.blocks)
-    if not chosen and sum(o.edge_blocks) > blocks // 2:  # of a few blocks the ends are most
-        o.edge_blocks = [0, 0]
-    if sum(o.edge_blocks) >= blocks:
-        first, last = o.edge_blocks
-        raise UserError(f"--edge_blocks {first} {last}: of {blocks} blocks none would be left")
-    if o.high_bits == 4 and any(o.edge_blocks):
-        layers = block_layers(teacher).values()
-        refuse_rows("--high_bits 4", (m.in_features for m in layers))
+    settle_more_bits(o, teacher, tokenizer.name, converts)
     if o.cache_teacher and o.cache_teacher >= teacher.vocab_size:
         raise UserError(
             f"--cache_teacher {o.cache_teacher}: keep fewer, the vocabulary has only "
@@ -110,6 +101,27 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
                 "embedding, in 8 bits"
             )
         refuse_rows("--embedding_bits 4", [teacher.hidden_size])
+
+
+def settle_more_bits(
+    o: argparse.Namespace, teacher: LanguageModel, vocabulary: str, converts: bool
+) -> None:
+    """Fill in --target_bits or --edge_blocks, and --high_bits; vocabulary: "bytes" or another."""
+    widths = [m.in_features for m in block_layers(teacher).values()]
+    blocks = o.student_layers or len(teacher.blocks)
+    fits = o.high_bits == 8 or any(w % BLOCK == 0 for w in widths)
+    if o.target_bits is None and o.edge_blocks is None and vocabulary != "bytes":
+        if converts and fits:
+            o.target_bits = TARGET_BITS[o.mode]
+        elif blocks >= 4:  # of fewer the ends are most
+            o.edge_blocks = [1, 1]
+    o.edge_blocks = o.edge_blocks or [0, 0]
+    o.high_bits = o.high_bits or (8 if o.target_bits is None else 4)
+    if sum(o.edge_blocks) >= blocks:
+        first, last = o.edge_blocks
+        raise UserError(f"--edge_blocks {first} {last}: of {blocks} blocks none would be left")
+    if o.high_bits == 4 and any(o.edge_blocks):
+        refuse_rows("--high_bits 4", widths)
 
 
 def refuse_rows(flag: str, widths: Iterable[int]) -> None:
