@@ -28,6 +28,7 @@ from lowbit.training.step import Setup  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 
 COMMON = "--ternary --qat --teacher smollm2"
+START = "--hybrid --edge_blocks 1 1"  # the default when the first of these runs were made
 EPOCHS = 4  # after each, eight windows are validated
 #: AdamW's settings in the order of their tuning, and the values that are tried.
 GRID: dict[str, tuple[str, ...]] = {
@@ -48,7 +49,7 @@ class Runs:
 
     def prepare(self) -> Setup:
         if self.start is None:
-            self.start = distillation.set_up(parse_options(f"{COMMON} --hybrid".split()), print)
+            self.start = distillation.set_up(parse_options(f"{COMMON} {START}".split()), print)
             self.reference = distillation.final_reference(self.start)
             self.before = self.reference.validate(self.start.student)
         return self.start
