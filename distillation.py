@@ -46,11 +46,11 @@ from lowbit.models.student import make_student
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import TransformersLM, hold_linears, save_folder
 from lowbit.options import parse_options
-from lowbit.quantization.layers import latent
+from lowbit.picture import Scenery, plot_metrics
+from lowbit.quantization.layers import bits_of_blocks, latent
 from lowbit.report import (
     epoch_line,
     model_card,
-    plot_metrics,
     summary_lines,
     talk_command,
     worse_line,
@@ -240,7 +240,9 @@ def final_reference(s: Setup) -> Reference:
     return Reference(s.teacher, windows, s.device, s.dtype)
 
 
-def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> UserError | None:
+def save(
+    s: Setup, rows: list[dict[str, Any]], summary: dict[str, Any], say: Callable[[str], None]
+) -> UserError | None:
     """Write the student's files, then measure the quantised student as read back from its file.
     Returns why its export failed, where all else is written."""
     o = s.options
@@ -284,7 +286,11 @@ def save(s: Setup, rows: list[dict[str, Any]], say: Callable[[str], None]) -> Us
     if o.save_metrics:
         write_csv(paths["metrics"], rows)
         try:
-            plot_metrics(paths["picture"], rows, s.tokenizer.unit)
+            scenery = Scenery(
+                s.tokenizer.unit, summary["val_loss_before"], summary["start_kind"],
+                summary.get("cluster_words", ()), bits_of_blocks(s.student),
+            )  # fmt: skip
+            plot_metrics(paths["picture"], rows, scenery)
         except ImportError:
             del paths["picture"]
             notes.append("No picture of the metrics: pip install matplotlib")
@@ -411,7 +417,7 @@ def run(
 
         def save_all() -> UserError | None:
             with Waiting("Measuring and writing the student"):
-                problem = save(setup, rows, say)
+                problem = save(setup, rows, summary, say)
             keeper.checkpoints.remove()
             return problem
 

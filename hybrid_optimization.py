@@ -2160,8 +2160,9 @@ class HybridOptimizationManager:
         only the running means move.
 
         Returns loss, learning_rate, lr_multiplier, trust_radius (fraction of ||Theta_c||),
-        update_magnitude (||dTheta||_2), constraint_active, gradient_magnitude, skipped,
-        active_share (share of the parameter clusters whose step was cut), and the cluster's rate.
+        update_magnitude (||dTheta||_2), efficiency (that over the length proposed),
+        constraint_active, gradient_magnitude, skipped, active_share (share of the parameter
+        clusters whose step was cut), and the cluster's rate.
 
         Raises ValueError for another model than the one before, for parameters that were frozen
         at the first step and have a gradient now, and where no parameter has one.
@@ -2243,6 +2244,7 @@ class HybridOptimizationManager:
             magnitude,
             self.constrained_opt.active_share,
             rate,
+            efficiency=info.efficiency,
         )
 
     @staticmethod
@@ -2265,6 +2267,7 @@ class HybridOptimizationManager:
         share: float,
         rate: float,
         *,
+        efficiency: float = 1.0,
         skipped: bool = False,
     ) -> dict[str, Any]:
         result = {
@@ -2273,6 +2276,7 @@ class HybridOptimizationManager:
             "lr_multiplier": multiplier,
             "trust_radius": self.trust_radius,
             "update_magnitude": update,
+            "efficiency": efficiency,
             "constraint_active": active,
             "gradient_magnitude": magnitude,
             "active_share": share,

@@ -10,6 +10,7 @@ from lowbit import UserError
 from lowbit.arguments import COUNT, Parser, boolean, interval, number
 from lowbit.events import add_flags
 from lowbit.models.decoder import STUDENT_SIZES
+from lowbit.quantization.layers import NOMINAL
 
 #: Defaults that depend on the method and on the student's start: (from its teacher, from random
 #: weights). "others" are the methods that have no row. Rates, decay and momenta of the hybrid,
@@ -52,7 +53,6 @@ BY_TEACHER: dict[str, tuple[Any, Any]] = {
 SELF_TOKENS = 200_000  # that a teacher writes, where asked to
 WARMUP_FRACTION = 0.05  # of all steps, in which the learning rate rises
 HIDDEN_WEIGHT = 0.5
-NOMINAL = {"ternary": 1.58, "1bit": 1.0}  # bits a low-bit weight, scales apart
 #: A weight of the blocks in the mean, where a teacher with a tokenizer is converted. Of 30 blocks
 #: it takes as many bytes as the ends in 8 bits, and is worth far more: EXPERIMENTS.md.
 TARGET_BITS = {"ternary": 2.0, "1bit": 1.5}

@@ -1,4 +1,4 @@
-"""What a person sees of a run: console lines, the CSV and the picture."""
+"""What a person sees of a run: console lines, the CSV and the model card."""
 
 from __future__ import annotations
 
@@ -127,58 +127,3 @@ def write_csv(path: str | os.PathLike, rows: Sequence[dict[str, Any]]) -> Path:
     for row in rows:
         writer.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
     return atomic_write(path, lambda f: f.write(text.getvalue().encode()))
-
-
-def plot_metrics(
-    path: str | os.PathLike, rows: Sequence[dict[str, Any]], unit: str = "byte"
-) -> Path:
-    """Losses (nats a ``unit``), step control and clusters over epochs, three panels. Needs
-    matplotlib."""
-    from matplotlib.figure import Figure  # without pyplot: no backend is chosen
-
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in rows]
-
-    ax = axes[0]
-    column = next(c for c in ("val_loss_quantized", "val_loss") if any(c in r for r in rows))
-    measured = [(r["epoch"], r[column]) for r in rows if column in r]
-    ax.plot(epochs, [r["train_ce"] for r in rows], color="0.6", label="student, training text")
-    ax.plot(
-        *zip(*measured, strict=True),
-        marker="o",
-        ms=3,
-        label=f"{'quantised ' * (column != 'val_loss')}student, validation",
-    )
-    ax.axhline(
-        rows[-1]["val_loss_teacher"], color="black", ls="--", lw=1, label="teacher, validation"
-    )
-    ax.set(xlabel="epoch", ylabel=f"cross-entropy, nats a {unit}", title="Loss")
-    ax.legend()
-
-    ax = axes[1]
-    ax.plot(epochs, [r["lr"] for r in rows], label="learning rate, mean of the epoch")
-    if "trust_radius" in rows[0]:
-        ax.plot(epochs, [r["trust_radius"] for r in rows], label="trust radius, end of the epoch")
-    if any(r.get("code_flips") for r in rows):
-        ax.plot(epochs, [r["code_flips"] for r in rows], label="share of codes that flipped")
-    ax.set(xlabel="epoch", yscale="log", title="Step control")
-    ax.legend()
-
-    ax = axes[2]
-    clusters = [k for k in rows[0] if k.startswith("kl_cluster_")]
-    for name in clusters or ["train_kl"]:
-        label = name.removeprefix("kl_").replace("_", " ") if clusters else "all"
-        values = [math.nan if r[name] == "" else r[name] for r in rows]  # no window that epoch
-        ax.plot(epochs, values, lw=1.2, label=label)
-    ax.set(
-        xlabel="epoch",
-        ylabel=f"nats a {unit}",
-        yscale="log",
-        title="KL to the teacher, training text",
-    )
-    ax.legend(ncol=2, fontsize=8)
-    for ax in axes:
-        ax.grid(alpha=0.25)
-        ax.xaxis.get_major_locator().set_params(integer=True)
-    return atomic_write(path, lambda f: figure.savefig(f, format="png", dpi=120))

@@ -132,7 +132,14 @@ def test_metrics_rows(run):
         assert 0 <= float(row["code_flips"]) <= 1
         assert "kl_cluster_2" in row
         assert "kl_cluster_3" not in row
+        assert 0 < float(row["step_taken"]) <= float(row["step_asked"])
+        blocks = [float(v) for k, v in row.items() if k.startswith("code_flips_block_")]
+        assert min(blocks) <= float(row["code_flips"]) <= max(blocks)
     assert float(rows[0]["code_flips"]) > 0
+    guide = ROOT.joinpath("HYBRID_OPTIMIZATION_GUIDE.md").read_text()
+    table = guide.partition("*The CSV*")[2].partition("`student_metrics.png`")[0]
+    told = {re.sub(r"\d+$", "0", name) for name in re.findall(r"`(\w+)`", table)}
+    assert {re.sub(r"\d+$", "0", name) for name in rows[0]} <= told
     assert float(rows[0]["seconds"]) < float(rows[2]["seconds"])
     png = (folder / "student_metrics.png").read_bytes()
     assert png.startswith(b"\x89PNG")
@@ -182,9 +189,9 @@ def test_what_is_trained_is_what_is_stored(run, monkeypatch):
     kept = {}
     original = distillation.save
 
-    def save(s, rows, say):
+    def save(s, *others):
         kept["student"], kept["windows"] = s.student, s.corpus.validation[:4]
-        original(s, rows, say)
+        original(s, *others)
 
     monkeypatch.setattr(distillation, "save", save)
     _, _, folder = run("--hybrid", "--ternary", "--qat", "--epochs", "1", "--learnable_scale")

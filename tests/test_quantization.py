@@ -538,10 +538,10 @@ def test_flips_are_counted() -> None:
     """Negating one of 14 equal layers flips its nonzero codes and no other."""
     model = quantize_model(small_model(), "1bit")
     codes = snapshot_codes(model)
-    assert count_flips(model, codes) == 0.0
-    layer = model.model.layers[0].mlp.up_proj
+    totals = [sum(c.numel() for n, c in codes.items() if f".{i}." in n) for i in range(2)]
+    assert count_flips(model, codes) == [(0, totals[0]), (0, totals[1])]
+    layer = model.model.layers[1].mlp.up_proj
     with torch.no_grad():
         layer.weight.neg_()
-    total = sum(c.numel() for c in codes.values())
-    assert count_flips(model, codes) == layer.weight.numel() / total
-    assert count_flips(model, codes) == 0.0  # since the last count
+    assert count_flips(model, codes) == [(0, totals[0]), (layer.weight.numel(), totals[1])]
+    assert count_flips(model, codes) == [(0, totals[0]), (0, totals[1])]  # since the last count

@@ -1,7 +1,8 @@
 """Decoding in llama.cpp and sizes of files: python benchmarks/decoding/measure.py [--rounds 5]
 
 Models of random ternary weights in two shapes decode as fast as trained ones. Each is exported as a
-student is (first and last block, embedding and head in 8 bits), in every type that holds it, with
+default student is (embedding and head in 8 bits, or --embedding_bits; projections of keys, values
+and queries in 4 until a weight of the blocks has 2 in the mean), in every type that holds it, with
 zeros where its rows are too short, and in float32. All files of a shape are loaded, and take turns.
 Appends one JSON line a shape to runs.jsonl beside this file and rewrites summary.json. Needs the
 extras gguf and chat.
@@ -27,6 +28,8 @@ sys.path.insert(0, str(HERE.parent.parent))
 from lowbit.chat import open_server  # noqa: E402
 from lowbit.files.gguf_file import export_gguf  # noqa: E402
 from lowbit.files.packed import Packed, Stored  # noqa: E402
+from lowbit.options import TARGET_BITS  # noqa: E402
+from lowbit.quantization.layers import BLOCK, NOMINAL  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -42,24 +45,33 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT = list(range(8))
 
 
-def student(shape: dict[str, Any], edges: int = 1) -> Packed:
-    """A packed student of random codes, ``edges`` blocks at either end in 8 bits."""
+def student(shape: dict[str, Any], embedding_bits: int = 8) -> Packed:
+    """A packed student of random codes."""
     rng = np.random.default_rng(0)
     width, inner, layers = (
         shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"],
     )  # fmt: skip
     kv = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
     tensors: dict[str, Stored] = {}
+    weights = layers * width * (2 * width + 2 * kv + 3 * inner)
+    room = (TARGET_BITS["ternary"] - NOMINAL["ternary"]) / (4 - NOMINAL["ternary"]) * weights
 
     def codes(name: str, rows: int, columns: int, kind: str) -> None:
-        top = 1 if kind == "ternary" else 127
-        values = rng.integers(-top, top + 1, (rows, columns), dtype=np.int8)
-        scale = np.full((rows, 1), 2.0 ** -round(np.log2(top * columns**0.5)), np.float32)
+        least, top = {"ternary": (-1, 1), "int8": (-127, 127), "int4": (-8, 7)}[kind]
+        values = rng.integers(least, top + 1, (rows, columns), dtype=np.int8)
+        scales = columns // BLOCK if kind == "int4" else 1
+        scale = np.full((rows, scales), 2.0 ** -round(np.log2(top * columns**0.5)), np.float32)
         tensors[name] = Stored(kind, values, scale)
 
-    codes("model.embed_tokens.weight", shape["vocab_size"], width, "int8")
+    more = set()
+    for name, rows in (("k_proj", kv), ("v_proj", kv), ("q_proj", width), ("o_proj", width)):
+        for i in range(layers):
+            if rows * width <= room:
+                more.add(f"model.layers.{i}.self_attn.{name}.weight")
+                room -= rows * width
+    held = f"int{embedding_bits}"
+    codes("model.embed_tokens.weight", shape["vocab_size"], width, held)
     for i in range(layers):
-        kind = "int8" if i < edges or i >= layers - edges else "ternary"
         block = f"model.layers.{i}."
         for name, rows, columns in (
             ("self_attn.q_proj", width, width), ("self_attn.k_proj", kv, width),
@@ -67,12 +79,13 @@ def student(shape: dict[str, Any], edges: int = 1) -> Packed:
             ("mlp.gate_proj", inner, width), ("mlp.up_proj", inner, width),
             ("mlp.down_proj", width, inner),
         ):  # fmt: skip
-            codes(f"{block}{name}.weight", rows, columns, kind)
+            full = f"{block}{name}.weight"
+            codes(full, rows, columns, "int4" if full in more else "ternary")
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{block}{name}.weight"] = Stored("float32", np.ones(width, np.float32))
     tensors["model.norm.weight"] = Stored("float32", np.ones(width, np.float32))
     if not shape["tied"]:
-        codes("lm_head.weight", shape["vocab_size"], width, "int8")
+        codes("lm_head.weight", shape["vocab_size"], width, held)
     config = {k: v for k, v in shape.items() if k not in ("tied", "types")}
     config |= {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
     wrapped = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
@@ -99,9 +112,9 @@ def tokens_a_second(server: Any, tokens: int) -> float:
     return float(answer["timings"]["predicted_per_second"])
 
 
-def measure(name: str, rounds: int, tokens: int, threads: int) -> dict[str, Any]:
-    shape = SHAPES[name]
-    found = student(shape)
+def measure(o: argparse.Namespace, name: str) -> dict[str, Any]:
+    shape, rounds, tokens = SHAPES[name], o.rounds, o.tokens
+    found = student(shape, o.embedding_bits)
     weights = sum(t.values.size for t in found.tensors.values())
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
         files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *shape["types"])}
@@ -110,7 +123,7 @@ def measure(name: str, rounds: int, tokens: int, threads: int) -> dict[str, Any]
                         None if kind == "f32" else kind)  # fmt: skip
         sizes = {kind: path.stat().st_size for kind, path in files.items()}
         del found
-        servers = {kind: open_server(path, 512, threads) for kind, path in files.items()}
+        servers = {kind: open_server(path, 512, o.threads) for kind, path in files.items()}
         speeds: dict[str, list[float]] = {kind: [] for kind in files}
         for n in range(rounds + 1):
             for kind, server in servers.items():
@@ -120,7 +133,8 @@ def measure(name: str, rounds: int, tokens: int, threads: int) -> dict[str, Any]
             print(name, n, {k: round(v[-1], 2) for k, v in speeds.items() if v}, flush=True)
         del servers
     return {
-        **machine(), "shape": name, "weights": weights, "tokens": tokens, "threads": threads,
+        **machine(), "shape": name, "embedding_bits": o.embedding_bits, "weights": weights,
+        "tokens": tokens, "threads": o.threads,
         "bytes": sizes, "tokens_a_second": speeds, "xllamacpp": xllamacpp.__version__,
     }  # fmt: skip
 
@@ -130,11 +144,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--embedding_bits", type=int, choices=(8, 4), default=8)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     o = parser.parse_args()
     log = RunLog(HERE / "runs.jsonl")
     for name in o.shapes:
-        log.append(measure(name, o.rounds, o.tokens, o.threads))
+        log.append(measure(o, name))
     table = []
     for run in log.runs:
         base, q4_0 = run["tokens_a_second"]["f32"], run["tokens_a_second"]["q4_0"]
@@ -144,6 +159,7 @@ def main() -> None:
             table.append(
                 {
                     "shape": run["shape"],
+                    "embedding_bits": run["embedding_bits"],
                     "type": kind,
                     "tokens_a_second": statistics.median(speeds),
                     "over_f32": statistics.median(ratios),

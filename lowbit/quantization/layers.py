@@ -19,6 +19,7 @@ from lowbit.models.decoder import CausalLM
 from lowbit.models.interface import LanguageModel, linear_layers
 
 MODES = ("ternary", "1bit", "int8", "int4")
+NOMINAL = {"ternary": 1.58, "1bit": 1.0, "int8": 8.0, "int4": 4.0}  # bits a weight, scales apart
 SCOPES = ("row", "tensor")
 BLOCK = 32  # consecutive entries of a row with one scale, of 4-bit codes
 #: What a block's scale may be: its largest entry over minus one of these, which keeps that entry.
@@ -416,12 +417,29 @@ def snapshot_codes(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def count_flips(model: nn.Module, codes: dict[str, torch.Tensor]) -> float:
-    """Share of the model's codes that differ from a snapshot, which then becomes today's."""
-    changed = torch.zeros((), dtype=torch.int64)
-    for name, layer in low_bit_layers(model):
-        if name in codes and isinstance(layer, QATLinear):
-            now = layer.codes_and_scale()[0].to(torch.int8)
-            changed += (now != codes[name]).sum().cpu()
-            codes[name] = now
-    return float(changed) / max(1, sum(c.numel() for c in codes.values()))
+def count_flips(model: LanguageModel, codes: dict[str, torch.Tensor]) -> list[tuple[int, int]]:
+    """Of each block: how many of its codes differ from a snapshot, which then becomes today's, and
+    how many there are."""
+    names: dict[nn.Module, str] = {layer: name for name, layer in low_bit_layers(model)}
+    found = []
+    for block in model.blocks:
+        changed, count = torch.zeros((), dtype=torch.int64), 0
+        for layer in block.modules():
+            name = names.get(layer)
+            if name in codes and isinstance(layer, QATLinear):
+                now = layer.codes_and_scale()[0].to(torch.int8)
+                changed += (now != codes[name]).sum().cpu()
+                count += now.numel()
+                codes[name] = now
+        found.append((int(changed), count))
+    return found
+
+
+def bits_of_blocks(model: LanguageModel) -> list[float]:
+    """Bits a weight of each block's low-bit layers in the mean, scales apart."""
+    found = []
+    for block in model.blocks:
+        layers = [m for m in block.modules() if isinstance(m, QATLinear)]
+        total = sum(m.weight.numel() for m in layers)
+        found.append(sum(NOMINAL[m.mode] * m.weight.numel() for m in layers) / max(1, total))
+    return found

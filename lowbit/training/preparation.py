@@ -20,10 +20,11 @@ from lowbit.console import Waiting, draws, progress_bar
 from lowbit.models.interface import LanguageModel
 from lowbit.models.student import settle_student
 from lowbit.models.transformers_lm import TransformersLM
-from lowbit.options import NOMINAL, TARGET_BITS, settle_by_start, settle_by_teacher
+from lowbit.options import TARGET_BITS, settle_by_start, settle_by_teacher
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import (
     BLOCK,
+    NOMINAL,
     block_layers,
     edge_layers,
     from_codes,

@@ -19,6 +19,7 @@ from lowbit.files.saved_run import Saved
 from lowbit.quantization.layers import count_flips, snapshot_codes
 from lowbit.report import start_line
 from lowbit.text.sampler import StratifiedSampler
+from lowbit.text.typical import cluster_words
 from lowbit.training.baselines import Baseline
 from lowbit.training.resume import as_tensors
 from lowbit.training.step import Setup, StepResult, make_manager, make_step, quant_strength
@@ -90,12 +91,7 @@ class Run:
         """What validations can be read against. Of a run that was resumed as it was measured;
         nothing to a person where an older checkpoint does not hold it."""
         s, o = self.s, self.s.options
-        kind = "random weights"
-        if o.student_init == "teacher":
-            kind = "calibrated" if o.calibrate else "rounded"
-        if not o.qat:
-            kind = "not yet rounded"
-        teacher = self.reference.teacher_loss
+        kind, teacher = self.kind_of_start, self.reference.teacher_loss
         line = start_line(teacher, self.start, kind)
         tell(
             say, "start", [] if math.isnan(self.start) else [line], step=self.t,
@@ -103,6 +99,16 @@ class Run:
             student=kind, column=self.column, unit=s.tokenizer.unit,
             windows=len(self.reference.windows), output_dir=str(o.output_dir),
         )  # fmt: skip
+
+    @property
+    def kind_of_start(self) -> str:
+        """How the student was made that training begins with."""
+        o = self.s.options
+        if not o.qat:
+            return "not yet rounded"
+        if o.student_init == "random":
+            return "random weights"
+        return "calibrated" if o.calibrate else "rounded"
 
     @property
     def column(self) -> str:
@@ -156,14 +162,20 @@ class Run:
             row["lr_multiplier"] = float(np.mean([r.control["lr_multiplier"] for r in results]))
             row["trust_radius"] = self.manager.trust_radius
             row["activation_rate"] = float(np.mean([r.control["active_share"] for r in results]))
+            taken = [r.control["update_magnitude"] for r in results]
+            asked = [share(t, r.control["efficiency"]) for t, r in zip(taken, results, strict=True)]
+            row["step_asked"], row["step_taken"] = float(np.mean(asked)), float(np.mean(taken))
         if o.qat:
-            row["code_flips"] = count_flips(s.student, self.codes)
+            flips = count_flips(s.student, self.codes)
+            row["code_flips"] = share(sum(n for n, _ in flips), sum(of for _, of in flips))
             row["quant_strength"] = quant_strength(s, self.t - 1)
         if self.manager and o.use_clustering:
             where = self.clusters[np.concatenate(self.picked)]
             for k in range(o.data_clusters):
                 mine = kl[where == k]
                 row[f"kl_cluster_{k}"] = mean_of(mine) if len(mine) else ""
+        if o.qat:
+            row |= {f"code_flips_block_{i}": share(*pair) for i, pair in enumerate(flips)}
         row["median_step_seconds"] = float(np.median([r.seconds for r in results]))
         row["seconds"] = self.seconds
         self.rows.append(row)
@@ -187,10 +199,17 @@ class Run:
                 f"Validation loss of the {kind}: {self.start:.4f} before training, {after:.4f} "
                 "after"
             )
-        summary = self.manager.get_summary() if self.manager else {"total_steps": self.t}
+        summary: dict[str, Any] = (
+            self.manager.get_summary() if self.manager else {"total_steps": self.t}
+        )
         summary["final_loss"] = self.rows[-1]["train_loss"]
         summary |= {"val_loss_before": self.start, "val_loss_after": after}
-        summary["keeps_best"] = self.best is not None
+        summary |= {"keeps_best": self.best is not None, "start_kind": self.kind_of_start}
+        if self.manager and self.s.options.use_clustering:
+            s = self.s
+            summary["cluster_words"] = cluster_words(
+                s.corpus.train, self.clusters, s.options.data_clusters, s.tokenizer
+            )
         return {**summary, "resumed": self.resumed, "rollbacks": self.rolled_back}
 
     # ------------------------------------------------------------------------ saved and loaded
@@ -272,6 +291,11 @@ class Run:
         self.rolled_back += 1
         if self.manager:
             self.manager.back_off(factor)
+
+
+def share(part: float, whole: float) -> float:
+    """0 of nothing."""
+    return part / whole if whole else 0.0
 
 
 def mean_of(values: np.ndarray) -> float:
