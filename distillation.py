@@ -333,8 +333,9 @@ def save(
     )
     say(
         f"Size: {size.file_bytes:,} bytes packed, {size.float32_bytes:,} in float32: "
-        f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a linear weight, scales "
-        f"included; the embedding is held in {o.embedding_bits} bits"
+        f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a "
+        f"{'ternary' if o.ternary else '1-bit'} weight, scales included; the embedding is held in "
+        f"{o.embedding_bits} bits"
     )
     if isinstance(student, TransformersLM):
         parts = [f"{k} {n:,} weights, {b:,} bytes" for k, (n, b) in size.parts.items()]
