@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lowbit import UserError
 from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.files.checkpoint import FORMAT, MAX_POSITIONS, VERSION, load_float32, save_float32
 from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.models.transformers_lm import whole_folder
 from lowbit.text.tokenizers import ByteTokenizer
 
 CONFIG = ModelConfig(
@@ -293,6 +295,18 @@ def test_permissions_follow_the_umask(tmp_path: Path, mask: int) -> None:
         left = os.umask(old)
     assert left == mask
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+def test_files_of_a_folder_may_be_read_by_those_who_may(tmp_path: Path) -> None:
+    """safetensors makes files of mode 0600, which another user's server could not load."""
+    old = os.umask(0o022)
+    try:
+        with whole_folder(tmp_path / "student", {"tokenizer.json": "{}"}) as part:
+            save_file({"weight": torch.zeros(2)}, part / "model.safetensors")
+    finally:
+        os.umask(old)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "student").iterdir()}
+    assert modes == {"tokenizer.json": 0o644, "model.safetensors": 0o644}
 
 
 def test_prepare_folder(tmp_path: Path) -> None:

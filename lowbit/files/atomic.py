@@ -83,7 +83,7 @@ def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> 
     try:
         with flushed(name) as f:
             write(f)
-        os.chmod(name, 0o666 & ~_umask())
+        allow_as_usual(name)
         os.replace(name, target)
         sync(target.parent)
     except BaseException:
@@ -93,7 +93,9 @@ def atomic_write(path: str | os.PathLike, write: Callable[[IO[bytes]], Any]) -> 
     return target
 
 
-def _umask() -> int:
+def allow_as_usual(path: str | os.PathLike) -> None:
+    """Give a file the permissions that open() would have made it with: tempfile, and safetensors,
+    make files that only their owner may read."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    os.chmod(path, 0o666 & ~mask)

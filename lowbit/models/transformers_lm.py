@@ -23,6 +23,7 @@ import torch.nn as nn
 
 from lowbit import UserError, first_line
 from lowbit.extras import require
+from lowbit.files.atomic import allow_as_usual
 from lowbit.models.interface import Features, LanguageModel, hooked, require_state
 
 #: Families (``model_type``) whose conversion is tested.
@@ -241,6 +242,7 @@ def whole_folder(folder: Path, texts: dict[str, str]) -> Iterator[Path]:
         for file, text in texts.items():
             Path(name, file).write_text(text, "utf-8")
         for path in sorted(Path(name).iterdir()):
+            allow_as_usual(path)
             os.replace(path, folder / path.name)
 
 
