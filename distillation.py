@@ -357,6 +357,8 @@ def save(
     talk = talk_command(paths["packed"], chats=chats, prompt=prompt)
     files = {kind: str(path) for kind, path in paths.items()}
     tell(say, "files", [f"Wrote {path}" for path in paths.values()], files=files, talk=talk)
+    if chats and "self" not in o.data and not s.corpus.has_chats:
+        say("It was trained on no chats; to talk to a student, train it on chats or --data self")
     say(f"Talk to it: {talk}")
     return problem
 

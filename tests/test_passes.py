@@ -320,3 +320,4 @@ def test_a_run_on_chats(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "Validation loss of the quantized student" in printed
     assert "nan" not in printed
+    assert "trained on no chats" not in printed

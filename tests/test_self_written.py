@@ -103,7 +103,7 @@ def test_texts_follow_the_models_distribution(monkeypatch):
     assert 0.4 < letters.count("a") / len(letters) < 0.6
 
 
-def test_the_run_on_its_own_text(chat, tmp_path, tmp_path_factory):
+def test_the_run_on_its_own_text(chat, tmp_path, capsys):
     folder = tiny_folder(tmp_path / "teacher", "llama")
     words = (
         f"--hybrid --ternary --qat --teacher {folder} --data self --self_tokens 3000 --epochs 1 \
@@ -111,6 +111,7 @@ def test_the_run_on_its_own_text(chat, tmp_path, tmp_path_factory):
         --output_dir {tmp_path / 'out'}"
     )
     assert distillation.main(words.split()) == 0
+    assert "trained on no chats" not in capsys.readouterr().out
 
 
 def test_a_cache_that_cannot_be_written(chat, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from lowbit.text.tokenizers import UNCOUNTED, Tokenizer
 FORMAT = 2  # of the files below; another number, other files
 CHARACTERS_AT_ONCE = 1 << 20  # of documents that are tokenised together
 PARTS = ("train", "validation")
+GLANCE = 256  # windows
 
 
 @dataclass
@@ -46,6 +47,12 @@ class Corpus:
     validation_tokens: int
     fingerprint: str  # sha256 over all tokens of both parts, first 16 hex digits
     opening: int | None = None
+
+    @property
+    def has_chats(self) -> bool:
+        """Whether some of it, as far as a glance tells, is read and not counted."""
+        some = self.train[:: max(1, len(self.train) // GLANCE)]
+        return bool((some >= UNCOUNTED).any())
 
     def take(self, which: np.ndarray | slice) -> np.ndarray:
         """Training windows, (n, seq_len + 1)."""
