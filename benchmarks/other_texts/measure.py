@@ -39,7 +39,7 @@ def main() -> None:
     teacher, tokenizer = load_teacher("smollm2")[:2]
     dtype = choose_dtype(device, teacher)
     with autocast(device, dtype):
-        chats = written_by(teacher, tokenizer, CHAT_TOKENS, seed=1)
+        chats = written_by(teacher, tokenizer, CHAT_TOKENS, seed=0)
 
     def spread(path: str) -> np.ndarray:
         corpus = load_corpus([path], LENGTH, tokenizer)
