@@ -444,7 +444,12 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     if o.target_bits is not None:
         if o.edge_blocks is not None:
             raise UserError("--target_bits contradicts --edge_blocks; give one")
-        refuse_target(o.target_bits, o)
+        low, high = NOMINAL[o.mode], o.high_bits or 4
+        if not low <= o.target_bits <= high:
+            raise UserError(
+                f"--target_bits {o.target_bits:g}: from {low:g} to {high}, the bits of low-bit "
+                "weights and of those that get more"
+            )
     o.save_metrics = o.save_metrics or o.metrics_out is not None
     if o.metrics_out is not None and not o.metrics_out.endswith(".csv"):
         raise UserError(f"--metrics_out {o.metrics_out}: the name must end in .csv")
@@ -467,16 +472,6 @@ def settle_by_teacher(o: argparse.Namespace, vocabulary: str) -> None:
     for name, (of_bytes, of_tokens) in BY_TEACHER.items():
         if getattr(o, name, None) is None:
             setattr(o, name, of_bytes if vocabulary == "bytes" else of_tokens)
-
-
-def refuse_target(bits: float, o: argparse.Namespace) -> None:
-    """UserError for a mean that no mixture of low-bit weights and --high_bits has."""
-    low, high = NOMINAL[o.mode], o.high_bits or 4
-    if not low <= bits <= high:
-        raise UserError(
-            f"--target_bits {bits:g}: from {low:g} to {high}, the bits of low-bit weights and of "
-            "those that get more"
-        )
 
 
 def settle_by_start(o: argparse.Namespace, vocabulary: str = "bytes") -> None:

@@ -131,18 +131,16 @@ def flip_columns(rows: Rows) -> list[str]:
 
 
 def flips(ax: Axes, rows: Rows, about: Scenery) -> None:
-    """Blocks from left to right."""
-    set_up(ax, "Codes that an epoch changes", "% of the block's, mean", x="block, first to last")
-    names = flip_columns(rows)
-    means = [100 * sum(r[n] for r in rows) / len(rows) for n in names]
-    ax.bar(range(len(names)), means, color=STRONG, width=0.8)
-    if len(names) <= BLOCKS_WITH_NAMES:
-        ax.set_xticks(range(len(names)))
+    means = [100 * sum(r[n] for r in rows) / len(rows) for n in flip_columns(rows)]
+    by_block(ax, means, "Codes that an epoch changes", "% of the block's, mean")
 
 
 def bits(ax: Axes, rows: Rows, about: Scenery) -> None:
-    """Blocks from left to right."""
-    set_up(ax, "Bits a weight", "mean of the block's matrices", x="block, first to last")
-    ax.bar(range(len(about.bits)), about.bits, color=STRONG, width=0.8)
-    if len(about.bits) <= BLOCKS_WITH_NAMES:
-        ax.set_xticks(range(len(about.bits)))
+    by_block(ax, about.bits, "Bits a weight", "mean of the block's matrices")
+
+
+def by_block(ax: Axes, values: Sequence[float], title: str, y: str) -> None:
+    set_up(ax, title, y, x="block, first to last")
+    ax.bar(range(len(values)), values, color=STRONG, width=0.8)
+    if len(values) <= BLOCKS_WITH_NAMES:
+        ax.set_xticks(range(len(values)))

@@ -30,6 +30,7 @@ from lowbit.files.gguf_file import export_gguf  # noqa: E402
 from lowbit.files.packed import Packed, Stored  # noqa: E402
 from lowbit.options import TARGET_BITS  # noqa: E402
 from lowbit.quantization.layers import BLOCK, NOMINAL  # noqa: E402
+from lowbit.quantization.precision import with_more_bits  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -43,6 +44,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 PROMPT = list(range(8))
+#: Matrices whose rounding costs most for their size, the dearest last.
+DEAR = tuple(f"self_attn.{name}" for name in ("o_proj", "q_proj", "v_proj", "k_proj"))
 
 
 def student(shape: dict[str, Any], embedding_bits: int = 8) -> Packed:
@@ -53,8 +56,6 @@ def student(shape: dict[str, Any], embedding_bits: int = 8) -> Packed:
     )  # fmt: skip
     kv = width // shape["num_attention_heads"] * shape["num_key_value_heads"]
     tensors: dict[str, Stored] = {}
-    weights = layers * width * (2 * width + 2 * kv + 3 * inner)
-    room = (TARGET_BITS["ternary"] - NOMINAL["ternary"]) / (4 - NOMINAL["ternary"]) * weights
 
     def codes(name: str, rows: int, columns: int, kind: str) -> None:
         least, top = {"ternary": (-1, 1), "int8": (-127, 127), "int4": (-8, 7)}[kind]
@@ -63,24 +64,23 @@ def student(shape: dict[str, Any], embedding_bits: int = 8) -> Packed:
         scale = np.full((rows, scales), 2.0 ** -round(np.log2(top * columns**0.5)), np.float32)
         tensors[name] = Stored(kind, values, scale)
 
-    more = set()
-    for name, rows in (("k_proj", kv), ("v_proj", kv), ("q_proj", width), ("o_proj", width)):
-        for i in range(layers):
-            if rows * width <= room:
-                more.add(f"model.layers.{i}.self_attn.{name}.weight")
-                room -= rows * width
+    shapes = {
+        "self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width),
+        "self_attn.v_proj": (kv, width), "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width),
+        "mlp.down_proj": (width, inner),
+    }  # fmt: skip
+    full = "model.layers.{}.{}.weight".format
+    sizes = {full(i, n): a * b for n, (a, b) in shapes.items() for i in range(layers)}
+    costs = {full(i, n): DEAR.index(n) * sizes[full(i, n)] for n in DEAR for i in range(layers)}
+    more = with_more_bits(costs, sizes, NOMINAL["ternary"], 4, TARGET_BITS["ternary"])
     held = f"int{embedding_bits}"
     codes("model.embed_tokens.weight", shape["vocab_size"], width, held)
     for i in range(layers):
         block = f"model.layers.{i}."
-        for name, rows, columns in (
-            ("self_attn.q_proj", width, width), ("self_attn.k_proj", kv, width),
-            ("self_attn.v_proj", kv, width), ("self_attn.o_proj", width, width),
-            ("mlp.gate_proj", inner, width), ("mlp.up_proj", inner, width),
-            ("mlp.down_proj", width, inner),
-        ):  # fmt: skip
-            full = f"{block}{name}.weight"
-            codes(full, rows, columns, "int4" if full in more else "ternary")
+        for name, (rows, columns) in shapes.items():
+            kind = "int4" if full(i, name) in more else "ternary"
+            codes(full(i, name), rows, columns, kind)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{block}{name}.weight"] = Stored("float32", np.ones(width, np.float32))
     tensors["model.norm.weight"] = Stored("float32", np.ones(width, np.float32))

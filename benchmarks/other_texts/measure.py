@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from lowbit.models.teacher import load_teacher  # noqa: E402
-from lowbit.text.corpus import load_corpus  # noqa: E402
+from lowbit.text.corpus import evenly, load_corpus  # noqa: E402
 from lowbit.text.self_written import written_by  # noqa: E402
 from lowbit.training.preparation import autocast, choose_dtype  # noqa: E402
 from lowbit.training.validation import Reference  # noqa: E402
@@ -43,7 +43,7 @@ def main() -> None:
 
     def spread(path: str) -> np.ndarray:
         corpus = load_corpus([path], LENGTH, tokenizer)
-        return corpus.take(np.linspace(0, len(corpus.train) - 1, WINDOWS).astype(int))
+        return corpus.take(evenly(np.arange(len(corpus.train)), WINDOWS))
 
     texts = {
         "documentation of the standard library, held out": load_corpus(

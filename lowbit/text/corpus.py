@@ -51,8 +51,7 @@ class Corpus:
     @property
     def has_chats(self) -> bool:
         """Whether some of it, as far as a glance tells, is read and not counted."""
-        some = self.train[:: max(1, len(self.train) // GLANCE)]
-        return bool((some >= UNCOUNTED).any())
+        return bool((evenly(self.train, GLANCE) >= UNCOUNTED).any())
 
     def take(self, which: np.ndarray | slice) -> np.ndarray:
         """Training windows, (n, seq_len + 1)."""
@@ -60,10 +59,7 @@ class Corpus:
 
     def held_out(self, count: int) -> np.ndarray:
         """At most ``count`` validation windows, spread evenly."""
-        found = self.validation
-        if len(found) > count:
-            found = found[np.linspace(0, len(found) - 1, count).astype(int)]
-        return self._opened(found)
+        return self._opened(evenly(self.validation, count))
 
     def _opened(self, found: np.ndarray) -> np.ndarray:
         if self.opening is None:
@@ -71,6 +67,13 @@ class Corpus:
         found = found.copy()
         found[:, 0] = self.opening
         return found
+
+
+def evenly(found: np.ndarray, count: int) -> np.ndarray:
+    """At most ``count`` rows, spread evenly, first and last among them."""
+    if len(found) <= count:
+        return found
+    return found[np.linspace(0, len(found) - 1, count).astype(int)]
 
 
 def windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lowbit.text.corpus import evenly
 from lowbit.text.tokenizers import UNCOUNTED, Tokenizer
 
 TEXTS = 200  # of a cluster that are read
@@ -48,9 +49,6 @@ def cluster_words(
     one that has none."""
     texts = []
     for k in range(clusters):
-        mine = np.flatnonzero(labels == k)
-        if len(mine) > TEXTS:
-            mine = mine[np.linspace(0, len(mine) - 1, TEXTS).astype(int)]
-        ids = windows[mine] & ~np.array(UNCOUNTED).astype(windows.dtype)
+        ids = windows[evenly(np.flatnonzero(labels == k), TEXTS)] % UNCOUNTED
         texts.append([tokenizer.decode(row.tolist()) for row in ids])
     return [", ".join(words) for words in typical_words(texts)]

@@ -168,14 +168,13 @@ class Run:
         if o.qat:
             flips = count_flips(s.student, self.codes)
             row["code_flips"] = share(sum(n for n, _ in flips), sum(of for _, of in flips))
+            row |= {f"code_flips_block_{i}": share(*pair) for i, pair in enumerate(flips)}
             row["quant_strength"] = quant_strength(s, self.t - 1)
         if self.manager and o.use_clustering:
             where = self.clusters[np.concatenate(self.picked)]
             for k in range(o.data_clusters):
                 mine = kl[where == k]
                 row[f"kl_cluster_{k}"] = mean_of(mine) if len(mine) else ""
-        if o.qat:
-            row |= {f"code_flips_block_{i}": share(*pair) for i, pair in enumerate(flips)}
         row["median_step_seconds"] = float(np.median([r.seconds for r in results]))
         row["seconds"] = self.seconds
         self.rows.append(row)
