@@ -175,8 +175,8 @@ def make_parser() -> Parser:
         default=[],
         metavar="PATH",
         help="self: the teacher writes the text; .txt, .md, .py, .jsonl, .jsonl.gz, .parquet or "
-        "folders of them (default: the documentation of "
-        "the Python standard library, read from this interpreter)",
+        "folders of them; stdlib: the documentation of the Python standard library, read from this "
+        "interpreter (the default)",
     )
     g.add_argument(
         "--self_tokens",

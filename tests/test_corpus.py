@@ -563,6 +563,20 @@ def test_an_unwritable_cache_only_costs_time(
     assert cached_stdlib_documents() == [("a", "b")]
 
 
+def test_stdlib_beside_other_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Named, it is what it is without a name, and what is held out of it stays held out."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    documents = [(f"lib/{i}.py", f"number {i} " * 9) for i in range(60)]
+    monkeypatch.setattr("lowbit.text.documents.stdlib_documents", lambda: documents)
+    alone = load_corpus([], 16, TOKENIZER)
+    assert load_corpus(["stdlib"], 16, TOKENIZER).fingerprint == alone.fingerprint
+    file = write(tmp_path, "more.txt", make_text(20_000))
+    both = load_corpus([file, "stdlib"], 16, TOKENIZER)
+    assert both.train_tokens + both.validation_tokens > alone.train_tokens + 19_000
+    held = len(alone.validation) - 1  # the last window may end in other text
+    assert np.array_equal(both.validation[:held], alone.validation[:held])
+
+
 def test_stdlib_train_and_validation_are_disjoint(cache: Path) -> None:
     """No document and no paragraph of the held-out text is in the training text."""
     documents = list(deduplicate(cached_stdlib_documents()))

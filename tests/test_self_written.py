@@ -72,6 +72,39 @@ def test_interrupted_and_uninterrupted_write_the_same(chat):
     assert written_by(model, tokenizer, 300, seed=2).read_text() != whole
 
 
+@pytest.mark.parametrize("kind", ["transformers", "plain"])
+def test_dropping_finished_documents_changes_none(kind, chat, monkeypatch):
+    if kind == "plain":
+        config = ModelConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                             max_position_embeddings=64, tie_word_embeddings=False)  # fmt: skip
+        model, tokenizer = CausalLM(config).initialise(0), ByteTokenizer()
+        ends = list(b"aeinost \n")
+        monkeypatch.setattr(self_written, "end_ids", lambda _: ends)
+        with torch.no_grad():
+            model.lm_head.weight *= 3  # what comes next depends on what came before
+    else:
+        model, tokenizer = chat
+    monkeypatch.setattr(self_written, "BATCH", 12)
+
+    def written(share: float) -> tuple[list[str], int, int]:
+        monkeypatch.setattr(self_written, "DROP_AT", share)
+        kinds, calls = type(model), []
+
+        def seen(cache, rows):
+            calls.append(len(rows))
+            return kinds.rows_of(model, cache, rows)
+
+        monkeypatch.setattr(model, "rows_of", seen)
+        texts, tokens = self_written.write_batch(model, tokenizer, torch.Generator().manual_seed(3))
+        return texts, tokens, len(calls)
+
+    *never, none = written(0.0)
+    *always, dropped = written(1.0)
+    assert always == never
+    assert none == 0
+    assert dropped > 3
+
+
 def test_a_model_of_bytes_writes_too():
     config = ModelConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                          max_position_embeddings=32)  # fmt: skip

@@ -8,6 +8,7 @@ student to runs.jsonl beside this file and rewrites summary.json. Needs the extr
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -22,12 +23,12 @@ sys.path.insert(0, str(HERE.parent.parent))
 from lowbit.models.teacher import load_teacher  # noqa: E402
 from lowbit.text.corpus import evenly, load_corpus  # noqa: E402
 from lowbit.text.self_written import written_by  # noqa: E402
-from lowbit.training.preparation import autocast, choose_dtype  # noqa: E402
+from lowbit.training.preparation import choose_dtype  # noqa: E402
 from lowbit.training.validation import Reference  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 
 WINDOWS, LENGTH = 32, 256
-CHAT_TOKENS = 24_000
+CHAT_TOKENS, CHAT_SEED = 24_000, 1  # students that train on such chats do so with seed 0
 
 
 def main() -> None:
@@ -38,8 +39,8 @@ def main() -> None:
     device = torch.device("cpu")
     teacher, tokenizer = load_teacher("smollm2")[:2]
     dtype = choose_dtype(device, teacher)
-    with autocast(device, dtype):
-        chats = written_by(teacher, tokenizer, CHAT_TOKENS, seed=0)
+    writer = copy.deepcopy(teacher).to(dtype) if dtype else teacher
+    chats = written_by(writer, tokenizer, CHAT_TOKENS, seed=CHAT_SEED)
 
     def spread(path: str) -> np.ndarray:
         corpus = load_corpus([path], LENGTH, tokenizer)
@@ -50,7 +51,7 @@ def main() -> None:
             [], LENGTH, tokenizer
         ).held_out(WINDOWS),
         "source code of scikit-learn": spread(str(Path(sklearn.__file__).parent)),
-        "chats that the teacher wrote": spread(str(chats)),
+        f"chats that the teacher wrote, seed {CHAT_SEED}": spread(str(chats)),
     }
     references = {n: Reference(teacher, w, device, dtype) for n, w in texts.items()}
     log = RunLog(HERE / "runs.jsonl")

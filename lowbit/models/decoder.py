@@ -249,3 +249,6 @@ class CausalLM(LanguageModel):
             hidden.append(x)
             presents.append(present)
         return Features(self.model.norm(x), hidden, presents)
+
+    def rows_of(self, cache: list[KV], rows: torch.Tensor) -> list[KV]:
+        return [(keys[rows], values[rows]) for keys, values in cache]

@@ -71,6 +71,10 @@ class LanguageModel(nn.Module):
         ``keep`` their cache is for the next call."""
         raise NotImplementedError
 
+    def rows_of(self, cache: Any, rows: torch.Tensor) -> Any:
+        """The cache of some sequences of its batch; the one that is given may change."""
+        raise NotImplementedError
+
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., C) -> logits (..., V)."""
         return self.logits(x, *self.head_parameters())

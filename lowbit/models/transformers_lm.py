@@ -114,6 +114,10 @@ class TransformersLM(LanguageModel):
             out = self.net.base_model(ids, use_cache=keep, **extra)
         return Features(out.last_hidden_state, hidden, getattr(out, self._cache_name, None))
 
+    def rows_of(self, cache: Any, rows: torch.Tensor) -> Any:
+        cache.batch_select_indices(rows)
+        return cache
+
 
 def refuse_kind(kind: object) -> None:
     """UserError for a ``model_type`` that was not tried here."""

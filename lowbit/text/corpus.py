@@ -84,7 +84,8 @@ def windows(tokens: np.ndarray, seq_len: int) -> np.ndarray:
 
 
 def load_corpus(paths: Sequence[str], seq_len: int, tokenizer: Tokenizer) -> Corpus:
-    """Documents (the standard library's documentation where ``paths`` is empty) -> Corpus.
+    """Documents of files, of folders and of STDLIB (which is all where ``paths`` is empty) ->
+    Corpus.
 
     Raises UserError where the text is too short for one training and one validation window.
     """
@@ -119,8 +120,9 @@ def load_corpus(paths: Sequence[str], seq_len: int, tokenizer: Tokenizer) -> Cor
 def cached_tokens(paths: Sequence[str], tokenizer: Tokenizer) -> tuple[Path, bool]:
     """The folder with the tokens of these texts, made where it is not there, and whether it is
     kept. Where nothing can be kept it is a temporary one."""
-    files = sources.find_files(paths)
-    kept = sources.cache_folder() / f"tokens-{digest_of(files, tokenizer)}"
+    files = sources.find_files([p for p in paths if p != sources.STDLIB])
+    stdlib = not paths or sources.STDLIB in paths
+    kept = sources.cache_folder() / f"tokens-{digest_of(files, stdlib, tokenizer)}"
     if sound(kept):
         return kept, True
     try:
@@ -132,10 +134,9 @@ def cached_tokens(paths: Sequence[str], tokenizer: Tokenizer) -> tuple[Path, boo
     bar = progress_bar(total=size, desc="Tokenising", unit="B", unit_scale=True, delay=2)
     try:
         with bar:
-            found = (
-                sources.read_documents(files, bar.update)
-                if paths
-                else iter(sources.cached_stdlib_documents())
+            found = chain(
+                sources.cached_stdlib_documents() if stdlib else (),
+                sources.read_documents(files, bar.update) if files else (),
             )
             tokenise(found, tokenizer, made)
     except BaseException as e:
@@ -155,14 +156,12 @@ def cached_tokens(paths: Sequence[str], tokenizer: Tokenizer) -> tuple[Path, boo
     return kept, True
 
 
-def digest_of(files: Sequence[tuple[str, Path]], tokenizer: Tokenizer) -> str:
-    """Of everything that the tokens depend on; of the standard library's documentation where
-    there are no files."""
+def digest_of(files: Sequence[tuple[str, Path]], stdlib: bool, tokenizer: Tokenizer) -> str:
+    """Of everything that the tokens depend on."""
     key: list[Any] = [FORMAT, tokenizer.describe()]
-    if files:
-        stats = [(name, path.resolve(), path.stat()) for name, path in files]
-        key += [[name, str(path), s.st_size, s.st_mtime_ns] for name, path, s in stats]
-    else:
+    stats = [(name, path.resolve(), path.stat()) for name, path in files]
+    key += [[name, str(path), s.st_size, s.st_mtime_ns] for name, path, s in stats]
+    if stdlib:
         key.append(sources.stdlib_key())
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
 

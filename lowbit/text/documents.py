@@ -26,6 +26,7 @@ from lowbit import UserError, first_line
 from lowbit.extras import require
 from lowbit.text.tokenizers import Message
 
+STDLIB = "stdlib"  # as a path: the documentation of the Python standard library
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 VALIDATION_SHARE = 0.06
 MIN_DOCUMENTS = 20  # with fewer, sections of the documents are split instead

@@ -25,6 +25,7 @@ from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, end_ids, opened
 
 BATCH = 32  # documents at a time
 LENGTH = 512  # tokens of a document, at most
+DROP_AT = 0.75  # of the documents in memory that are not finished, the others are dropped
 MARK = "\u241edocument\u241e"  # stands in a template where the user speaks
 
 
@@ -61,33 +62,43 @@ def write_batch(
     device = model.embedding.weight.device
     opening, between = chat_turns(tokenizer)
     if opening:
-        ids = torch.tensor([opening] * BATCH)
+        feed = torch.tensor([opening] * BATCH)
     elif tokenizer.opening is not None:
-        ids = torch.full((BATCH, 1), tokenizer.opening)
+        feed = torch.full((BATCH, 1), tokenizer.opening)
     else:
-        ids = torch.randint(model.vocab_size, (BATCH, 1), generator=generator)
+        feed = torch.randint(model.vocab_size, (BATCH, 1), generator=generator)
     length = min(LENGTH, model.max_positions)
     ends = end_ids(tokenizer)
+    documents = feed.tolist()
     turns = [2 if opening else 1] * BATCH  # that each document has yet to write
     given: list[list[int]] = [[] for _ in range(BATCH)]  # what the template writes next
-    stop = [length] * BATCH
-    feed, cache = ids, None
-    while ids.size(1) < length and any(turns):
+    rows = list(range(BATCH))  # documents that the model goes on with
+    cache = None
+    for _ in range(feed.size(1), length):
         found = model.features(feed.to(device), cache, keep=True)
         cache = found.cache
-        chances = model.head(found.final[:, -1]).float().softmax(-1).cpu()
-        feed = torch.multinomial(chances, 1, generator=generator)
-        for i in range(BATCH):
+        # One number a document and token, so that what is drawn does not depend on who is left.
+        at = torch.rand(BATCH, 1, generator=generator, dtype=torch.float64)[rows]
+        sums = model.head(found.final[:, -1]).float().softmax(-1).double().cumsum(-1).cpu()
+        drawn = torch.searchsorted(sums, at * sums[:, -1:], right=True)
+        feed = drawn.clamp_(max=model.vocab_size - 1)
+        for place, i in enumerate(rows):
+            if not turns[i]:
+                continue
             if given[i]:
-                feed[i, 0] = given[i].pop(0)
-            elif turns[i] and int(feed[i, 0]) in ends:
+                feed[place, 0] = given[i].pop(0)
+            elif int(feed[place, 0]) in ends:
                 turns[i] -= 1
                 given[i] = list(between) if turns[i] else []
-                if not turns[i]:
-                    stop[i] = ids.size(1) + 1
-        ids = torch.cat((ids, feed), 1)
-    texts = [whole_text(tokenizer, row[:n]) for row, n in zip(ids.tolist(), stop, strict=True)]
-    return texts, sum(stop)
+            documents[i].append(int(feed[place, 0]))
+        left = [place for place, i in enumerate(rows) if turns[i]]
+        if not left:
+            break
+        if len(left) <= DROP_AT * len(rows):
+            kept = torch.tensor(left)
+            cache = model.rows_of(cache, kept.to(device))
+            feed, rows = feed[kept], [rows[place] for place in left]
+    return [whole_text(tokenizer, ids) for ids in documents], sum(map(len, documents))
 
 
 def whole_text(tokenizer: Tokenizer, ids: list[int]) -> str:

@@ -4,6 +4,7 @@ teacher, the rounded student, the files to be written, and what the run will tak
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -233,9 +234,13 @@ def output_paths(o: argparse.Namespace, teacher: LanguageModel) -> dict[str, Pat
 def own_text(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) -> str:
     """The path of text that the teacher wrote."""
     device = teacher.embedding.weight.device
+    dtype = choose_dtype(device, teacher)
+    large = isinstance(teacher, TransformersLM)
+    # Keys and values in half the bytes, and no weights cast at every token.
+    writer = copy.deepcopy(teacher).to(dtype) if large and dtype else teacher
     bar = progress_bar(total=o.self_tokens, desc="The teacher writes", unit="token")
-    with bar, autocast(device, choose_dtype(device, teacher)):
-        return str(written_by(teacher, tokenizer, o.self_tokens, o.seed, bar.update))
+    with bar, autocast(device, None if large else dtype):
+        return str(written_by(writer, tokenizer, o.self_tokens, o.seed, bar.update))
 
 
 def cache_of(
