@@ -37,7 +37,7 @@ from lowbit.extras import require
 from lowbit.files.atomic import atomic_write, prepare_folder
 from lowbit.files.checkpoint import save_float32
 from lowbit.files.gguf_file import check_exportable
-from lowbit.files.packed import load_packed, save_packed
+from lowbit.files.packed import SizeReport, load_packed, save_packed
 from lowbit.files.saved_run import Checkpoints, Saved, locked
 from lowbit.generate import generate
 from lowbit.logs import LogOf, new_id, require_logs
@@ -243,8 +243,9 @@ def final_reference(s: Setup) -> Reference:
 def save(
     s: Setup, rows: list[dict[str, Any]], summary: dict[str, Any], say: Callable[[str], None]
 ) -> UserError | None:
-    """Write the student's files, then measure the quantised student as read back from its file.
-    Returns why its export failed, where all else is written."""
+    """Write the student's files, then measure the quantised student as read back from its file,
+    which takes the trained one's place. Returns why its export failed, where all else is
+    written."""
     o = s.options
     s.student.zero_grad(set_to_none=True)
     gc.collect()  # moments, which cycles hold: files need the memory
@@ -263,16 +264,12 @@ def save(
         }
         save_float32(paths["float32"], s.student.config, state, vocabulary)
     if not o.qat:
-        unrounded = copy.deepcopy(s.student)
-        more = choose_more_bits(o, s.student, s.corpus)
-        if o.target_bits is not None:
-            say(more_bits_line(o, s.student, more))
-        quantize(o, s.student, more)
-        if o.calibrate:
-            calibrate_student(o, s.student, unrounded, s.corpus)
+        round_at_end(s, say)
     about = {"text": s.corpus.fingerprint, "steps": s.max_steps, "seed": o.seed}
     size = save_packed(paths["packed"], s.student, vocabulary, notes=about)
-    student = load_packed(paths["packed"])[0].to(s.device).eval()
+    bits = bits_of_blocks(s.student)
+    s.student.to("meta")  # its memory is needed to read, and to write, what the file holds
+    s.student = student = load_packed(paths["packed"])[0].to(s.device).eval()
     if isinstance(student, TransformersLM):
         save_folder(paths["transformers"], student, vocabulary["files"])
     notes: list[str] = []  # to be told after the losses
@@ -288,33 +285,86 @@ def save(
         try:
             scenery = Scenery(
                 s.tokenizer.unit, summary["val_loss_before"], summary["start_kind"],
-                summary.get("cluster_words", ()), bits_of_blocks(s.student),
+                summary.get("cluster_words", ()), bits,
             )  # fmt: skip
             plot_metrics(paths["picture"], rows, scenery)
         except ImportError:
             del paths["picture"]
             notes.append("No picture of the metrics: pip install matplotlib")
     quantized = reference.validate(student)
-    teacher, unit = reference.teacher_loss, s.tokenizer.unit
+    if isinstance(student, TransformersLM):
+        write_card(s, paths["transformers"], quantized, reference)
+    tell_results(s, full, quantized, reference, size, say)
+    unit = s.tokenizer.unit
+    prompt = SAMPLE_PROMPT[unit]
+    ids = generate(student, opened(s.tokenizer, prompt), SAMPLE_TOKENS[unit], seed=o.seed)
+    say(f"Sample: {prompt}{s.tokenizer.decode(ids)}")
+    say(
+        f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} {unit}s, "
+        f"fingerprint {s.corpus.fingerprint}"
+    )
+    for line in notes:
+        say(line)
+    chats = isinstance(s.tokenizer, TeacherTokenizer) and s.tokenizer.has_template
+    talk = talk_command(paths["packed"], chats=chats, prompt=prompt)
+    files = {kind: str(path) for kind, path in paths.items()}
+    tell(say, "files", [f"Wrote {path}" for path in paths.values()], files=files, talk=talk)
+    if chats and "self" not in o.data and not s.corpus.has_chats:
+        say("It was trained on no chats; to talk to a student, train it on chats or --data self")
+    say(f"Talk to it: {talk}")
+    return problem
+
+
+def round_at_end(s: Setup, say: Callable[[str], None]) -> None:
+    """Quantise a student that was trained in full precision."""
+    o = s.options
+    unrounded = copy.deepcopy(s.student)
+    more = choose_more_bits(o, s.student, s.corpus)
+    if o.target_bits is not None:
+        say(more_bits_line(o, s.student, more))
+    quantize(o, s.student, more)
+    if o.calibrate:
+        calibrate_student(o, s.student, unrounded, s.corpus)
+
+
+def measured_on(s: Setup, reference: Reference) -> str:
+    return f"{len(reference.windows)} windows of {s.options.seq_len} held-out {s.tokenizer.unit}s"
+
+
+def write_card(s: Setup, folder: Path, quantized: Validation, reference: Reference) -> None:
+    """The model card of a folder for transformers."""
+    o = s.options
+    losses = {
+        "teacher": f"{reference.teacher_loss:.4f}",
+        "student": f"{quantized.loss:.4f} +- {quantized.error:.4f}",
+        "KL to the teacher": f"{quantized.kl:.4f}",
+    }
+    card = model_card(
+        Path(o.teacher).name, o.mode, s.max_steps, s.corpus.fingerprint, losses,
+        measured_on(s, reference),
+    )  # fmt: skip
+    atomic_write(folder / "README.md", lambda f: f.write(sayable(card).encode()))
+
+
+def tell_results(
+    s: Setup,
+    full: Validation,
+    quantized: Validation,
+    reference: Reference,
+    size: SizeReport,
+    say: Callable[[str], None],
+) -> None:
+    """Losses and bytes of the finished student; full: its unrounded weights'."""
+    o, teacher = s.options, reference.teacher_loss
 
     def share(x: Validation) -> str:
         return f"{100 * (x.loss / teacher - 1):+.1f}% against the teacher"
 
-    measured_on = f"{len(reference.windows)} windows of {o.seq_len} held-out {unit}s"
-    if isinstance(student, TransformersLM):
-        losses = {
-            "teacher": f"{teacher:.4f}",
-            "student": f"{quantized.loss:.4f} +- {quantized.error:.4f}",
-            "KL to the teacher": f"{quantized.kl:.4f}",
-        }
-        name, print_ = Path(o.teacher).name, s.corpus.fingerprint
-        card = model_card(name, o.mode, s.max_steps, print_, losses, measured_on)
-        atomic_write(paths["transformers"] / "README.md", lambda f: f.write(sayable(card).encode()))
     tell(
         say,
         "summary",
         [
-            f"Validation loss, nats a {unit} ({measured_on}):",
+            f"Validation loss, nats a {s.tokenizer.unit} ({measured_on(s, reference)}):",
             f"  teacher              {teacher:.4f}",
             f"  student, quantized   {quantized.loss:.4f} +- {quantized.error:.4f} "
             f"({share(quantized)}; KL to the teacher {quantized.kl:.4f})",
@@ -337,30 +387,13 @@ def save(
         f"{'ternary' if o.ternary else '1-bit'} weight, scales included; the embedding is held in "
         f"{o.embedding_bits} bits"
     )
-    if isinstance(student, TransformersLM):
+    if isinstance(s.student, TransformersLM):
         parts = [f"{k} {n:,} weights, {b:,} bytes" for k, (n, b) in size.parts.items()]
         held = f"embedding and head in {o.embedding_bits} bits"
         if o.target_bits is None:
             first, last = o.edge_blocks
             held += f", the first {first} and the last {last} blocks in {o.high_bits}"
         say(f"Stored as: {'; '.join(parts)}; {held}")
-    prompt = SAMPLE_PROMPT[unit]
-    ids = generate(student, opened(s.tokenizer, prompt), SAMPLE_TOKENS[unit], seed=o.seed)
-    say(f"Sample: {prompt}{s.tokenizer.decode(ids)}")
-    say(
-        f"Text: {s.corpus.train_tokens + s.corpus.validation_tokens:,} {unit}s, "
-        f"fingerprint {s.corpus.fingerprint}"
-    )
-    for line in notes:
-        say(line)
-    chats = isinstance(s.tokenizer, TeacherTokenizer) and s.tokenizer.has_template
-    talk = talk_command(paths["packed"], chats=chats, prompt=prompt)
-    files = {kind: str(path) for kind, path in paths.items()}
-    tell(say, "files", [f"Wrote {path}" for path in paths.values()], files=files, talk=talk)
-    if chats and "self" not in o.data and not s.corpus.has_chats:
-        say("It was trained on no chats; to talk to a student, train it on chats or --data self")
-    say(f"Talk to it: {talk}")
-    return problem
 
 
 def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import os
 import re
@@ -190,7 +191,7 @@ def test_what_is_trained_is_what_is_stored(run, monkeypatch):
     original = distillation.save
 
     def save(s, *others):
-        kept["student"], kept["windows"] = s.student, s.corpus.validation[:4]
+        kept["student"], kept["windows"] = copy.deepcopy(s.student), s.corpus.validation[:4]
         original(s, *others)
 
     monkeypatch.setattr(distillation, "save", save)

@@ -500,6 +500,23 @@ def test_a_text_begins_with_nothing_else():
         assert opened(tokenizer, "The end") == tokenizer.encode("The end").tolist()
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_model_is_built_around_its_weights(folders, kind):
+    """No second copy of them, no parameter without memory, and the library's own logits."""
+    original = load_teacher(str(folders[kind]))[0]
+    tied = original.output is None
+    state = {k: v.clone() for k, v in original.net.state_dict().items()}
+    state = {k: v for k, v in state.items() if not (tied and k.startswith("lm_head"))}
+    model = build_transformers(original.describe()["transformers"], state, "here")
+    held = {v.data_ptr() for v in state.values()}
+    assert all(p.device.type == "cpu" and p.data_ptr() in held for p in model.parameters())
+    assert (model.output is None) == tied
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"  # as before
+    ids = torch.arange(12)[None] % model.vocab_size
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, original(ids).logits)
+
+
 @pytest.mark.parametrize("form", ["gguf", "folder", "npz"])
 def test_more_layers_than_tensors(tmp_path, monkeypatch, form):
     """Refused before the library builds them, which takes a minute and more."""

@@ -216,7 +216,7 @@ def build_transformers(
 ) -> TransformersLM:
     """A model from named float tensors, of tied ones the first; names and shapes must match.
 
-    They are compared before memory for the model is taken.
+    They are compared before memory for the model is taken, and are then the model's own.
     """
     if isinstance(values, dict):
         refuse_layers(values.get("num_hidden_layers"), len(state), origin)
@@ -225,10 +225,30 @@ def build_transformers(
     tied = set(shape.all_tied_weights_keys or ())
     expected = {k: v for k, v in shape.state_dict().items() if k in state or k not in tied}
     require_state(expected, state, origin)
-    model = from_config(values)
-    model.net.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
+    with without_weights():
+        model = from_config(values)
+    whole = {k: v.float() for k, v in state.items()}
+    model.net.load_state_dict(whole, strict=False, assign=True)
     model.net.tie_weights()
     return model
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside, modules are made with parameters that have a shape and no memory; buffers, which the
+    library computes and no file holds, are made as usual."""
+    register = nn.Module.register_parameter
+
+    def shape_only(module: nn.Module, name: str, p: nn.Parameter | None) -> None:
+        if p is not None and not p.is_meta:  # one that is tied stays the same
+            p = nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
+        register(module, name, p)
+
+    nn.Module.register_parameter = shape_only  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @contextmanager
