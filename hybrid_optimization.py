@@ -11,11 +11,14 @@ the rest), its length is set by a learning rate, and a small auxiliary network, 
 run goes on, predicts how much longer or shorter than planned the step should be and how wide the
 region is.
 
-    from hybrid_optimization import HybridOptimizationManager, HybridTrainingConfig
+    from hybrid_optimization import HybridOptimizer
 
-    manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=400))
+    optimizer = HybridOptimizer(model, max_steps=1000)  # any torch.nn.Module
     loss.backward()
-    info = manager.optimization_step(model=model, loss=loss, gradients=None, cluster_id=0, step=t)
+    optimizer.step()
+
+`HybridOptimizer` is for any loop or trainer. `HybridOptimizationManager` adds clusters of data and
+a record of every step; `ConstrainedOptimizer` is the step alone.
 
 Needs torch, numpy and scikit-learn only. ``HYBRID_OPTIMIZATION_GUIDE.md`` is the manual.
 """
@@ -205,36 +208,36 @@ class HybridTrainingConfig:
     (momentum leaves a tenth to a third of it); decay_fraction, of 'wsd' alone, in shares of
     max_steps; shrink_below as kappa (see `Guidance`); target_bits in bits a weight. Centres of
     regions that adapt are kept in [0.001, 1], whatever initial_trust_radius is.
-    The fields about quantisation, batches and intervals are kept for the caller's loop; the
-    manager itself does not quantise.
+    use_quantization, quantizer_scale, target_bits, batch_size, log_interval and eval_interval are
+    for the caller's loop: the manager does not read them.
     """
 
     use_quantization: bool = True
     quantizer_scale: float = 1.0
     target_bits: float = 1.58
-    use_clustering: bool = True
+    use_clustering: bool = True  # rates of data clusters
     data_clusters: int = 8
-    parameter_clusters: int = 4
-    use_auxiliary_nn: bool = True
+    parameter_clusters: int = 4  # each with a region of its own
+    use_auxiliary_nn: bool = True  # False: the multiplier is 1, the radius not shifted
     auxiliary_nn_hidden_size: int = 16
-    auxiliary_nn_learning_rate: float = 1e-3
+    auxiliary_nn_learning_rate: float = 1e-3  # of the network's own Adam
     use_trust_region: bool = True
     initial_trust_radius: float = 0.01
     trust_radius_adaptation: bool = True
-    base_learning_rate: float = 1e-3
+    base_learning_rate: float = 1e-3  # at the schedule's peak, before the multiplier
     max_steps: int = 1000
     batch_size: int = 32
     momentum: float = 0.9
-    weight_decay: float = 1e-5
+    weight_decay: float = 1e-5  # decoupled, of matrices and heads only
     log_interval: int = 10
     eval_interval: int = 50
     step_length: float = 0.02
     shrink_below: float = -0.8
-    warmup_fraction: float = 0.05
-    lr_schedule: str = "linear"
+    warmup_fraction: float = 0.05  # of max_steps
+    lr_schedule: str = "linear"  # a kind of `schedule_factor`
     decay_fraction: float = 0.2
-    use_matrix_geometry: bool = True
-    clustering_warmup_steps: int = 0
+    use_matrix_geometry: bool = True  # whitened steps of weight matrices
+    clustering_warmup_steps: int = 0  # in which all data clusters have the same rate
     seed: int = 0
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -247,9 +250,10 @@ def schedule_factor(
 ) -> float:
     """Share of the peak learning rate at a step (from 0): linear warm-up, then ``kind``.
 
-    'linear' and 'cosine' fall to 0 at max_steps; 'wsd' (warm-up, stable, decay) stays at the peak
-    and falls linearly to 0 over the last decay_fraction of max_steps. Beyond max_steps they stay at
-    the last value.
+    'linear' and 'cosine' fall towards 0 at max_steps, 'linear' to 1 / (max_steps - warm-up) at the
+    last step. 'wsd' (warm-up, stable, decay) stays at the peak and falls so over the last
+    decay_fraction of max_steps; 'constant' stays. Beyond max_steps all keep the last value. An
+    unknown kind is not noticed here.
     """
     warmup = max(1, round(warmup_fraction * max_steps))
     if step < warmup:
@@ -268,6 +272,9 @@ def schedule_factor(
 
 class AuxiliaryNeuralNetwork(nn.Module):
     """Predicts a learning-rate multiplier and a trust radius, and learns from what follows.
+
+    input_size, hidden_size: of the two layers; `predict` needs 6 features. ValueError where
+    output_size is not 2.
 
     Raw features go through sign(x) log(1 + |x|) and running z-scores clipped to +-3, so nothing
     saturates. The output layer starts at zero: the multiplier starts at exactly 1, the radius at
@@ -322,7 +329,7 @@ class AuxiliaryNeuralNetwork(nn.Module):
         self.fallbacks = 0  # predictions that were not finite
 
     def normalize(self, features: Tensor) -> Tensor:
-        """Raw features (B, 6) -> z-scores in [-3, 3]; not-a-number becomes 0."""
+        """Raw features (B, input_size) -> z-scores in [-3, 3]; not-a-number becomes 0."""
         x = torch.nan_to_num(features, nan=0.0, posinf=1e30, neginf=-1e30)
         x = torch.sign(x) * torch.log1p(x.abs())
         if self.feature_count == 0:
@@ -331,12 +338,17 @@ class AuxiliaryNeuralNetwork(nn.Module):
         return ((x - self.feature_mean) / std).clamp(-3, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raw features (B, 6) -> (B, 2): log10 of the multiplier, decades around the radius."""
+        """Raw features (B, input_size) -> (B, 2), both in [-1, 1]: log10 of the multiplier, and
+        twice the decades by which the radius is shifted."""
         return torch.tanh(self.output(torch.tanh(self.hidden(self.normalize(x)))))
 
     @torch.no_grad()
     def predict(self, state: TrainingState) -> tuple[float, float]:
-        """(multiplier, decades by which to shift the radius, in [-0.5, 0.5]); remembers state."""
+        """(multiplier, decades by which to shift the radius, in [-0.5, 0.5]).
+
+        Call it once a step: it updates the running statistics, and `learn` is about its newest
+        prediction. So do the two below, which call it.
+        """
         features = torch.from_numpy(state.to_features())
         x = torch.nan_to_num(features, nan=0.0, posinf=1e30, neginf=-1e30)
         x = (torch.sign(x) * torch.log1p(x.abs()))[0]
@@ -365,10 +377,10 @@ class AuxiliaryNeuralNetwork(nn.Module):
         """One step on the newest prediction towards known targets.
 
         log10_multiplier: what log10 of the multiplier should have been (Huber loss).
-        radius_residual: log10(proposed step / radius without what adaptation adds); its
-        0.7-quantile is learned by the pinball loss (Koenker and Bassett 1978), so that about 30 %
-        of the steps are cut. Where the radius already holds the shift, the shift makes up half of
-        a lasting difference.
+        radius_residual: log10 of the proposed step's length over the radius that was used, without
+        the region's own factor, clipped to +-0.5. Its 0.7-quantile becomes the next shift by the
+        pinball loss (Koenker and Bassett 1978), so that about 30 % of the steps are cut. The radius
+        holds the shift before, so a gap that stays is halved by the shift.
         """
         if self._last is None:
             return
@@ -578,8 +590,11 @@ def _grams_counted(ids: np.ndarray) -> Any:
 
 @dataclass
 class ConstrainedUpdateInfo:
-    """One step, in numbers. update_magnitude: ||dTheta||_2. constraint_radius: the largest
-    cluster's radius, a fraction of ||Theta_c||. efficiency: length taken / length proposed."""
+    """One step, in numbers. update_magnitude: ||dTheta||_2. constraint_active: the step of some
+    cluster was shortened, by its region or, where regions are used, by guidance.
+    constraint_radius: the largest region as it was used (schedule and network included), a
+    fraction of ||Theta_c||. quantization_error: not used. efficiency: length taken / length
+    proposed."""
 
     update_magnitude: float
     constraint_active: bool
@@ -601,7 +616,7 @@ def inverse_square_root(gram: Tensor, damping: float) -> Tensor:
     """(A + damping mean(eig) I)^(-1/2) of symmetric positive semi-definite A (..., m, m).
 
     By eigenvalues on the CPU, by products alone elsewhere, where eigenvalues are slow and make
-    the host wait. Of zeros it is zero: 1e19 would meet the first gradient that is not.
+    the host wait. Zeros give zeros: 1 / sqrt(tiny) would multiply the first gradient that is not.
     """
     tiny = torch.finfo(gram.dtype).tiny
     if gram.size(-1) == 1:
@@ -619,7 +634,8 @@ def inverse_square_root(gram: Tensor, damping: float) -> Tensor:
 
 def newton_inverse_square_root(gram: Tensor, damping: float, iterations: int = 24) -> Tensor:
     """`inverse_square_root` by the coupled Newton-Schulz iteration (Higham, Functions of
-    Matrices, 2008, eq. 6.35). Needs damping > 0: an eigenvalue of 1e-5 of the norm takes 20."""
+    Matrices, 2008, eq. 6.35). Converges where damping is above 0 only: an eigenvalue of 1e-5 of
+    the norm takes 20 iterations."""
     eye = torch.eye(gram.size(-1), dtype=gram.dtype, device=gram.device)
     mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     a = gram + (damping * mean + torch.finfo(gram.dtype).tiny) * eye
@@ -862,16 +878,18 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     is trusted, so that one bad batch spoils neither momentum nor metric. This is the reciprocal
     clipping of ZClip (arXiv 2504.02507) with a ratio in place of a z-score.
 
-    params: an nn.Module (kinds recognised), parameters, or groups. Group options: lr, momentum,
-    metric_decay (of entries' squares), matrix_metric_decay, weight_decay (decoupled; below 6e-8 of
-    a weight a step it waits until it adds up to 2e-6), compensated, use_matrix_geometry,
-    refresh_every (steps between roots, in the end: at step t at most 2 + t / SETTLED), damping (of
-    the mean eigenvalue), least_share, largest_block, product_dtype (of the metric's products; None:
-    bfloat16 where `native_bfloat16`, else float32), kind, clusters (one integer a parameter). What
-    regions do (use_trust_region, adapt_radius, active_share) and spike_limit are read from the
-    first group that has a gradient. A parameter that was resized in place starts anew. Raises
-    ValueError for options that make no sense, RuntimeError for sparse or complex gradients and
-    sharded parameters.
+    params: an nn.Module (kinds recognised), parameters, or groups; None where groups are added
+    later. Group options: lr, momentum, metric_decay (of entries' squares), matrix_metric_decay,
+    weight_decay (decoupled, of all that the group holds; below 6e-8 of a weight a step it waits
+    until it adds up to 2e-6), initial_radius (a fraction of ||Theta_c||), compensated,
+    use_matrix_geometry, refresh_every (steps between roots, in the end: at step t at most 2 + t /
+    SETTLED), damping (of the mean eigenvalue), least_share, largest_block, product_dtype (of the
+    metric's products; None: bfloat16 where `native_bfloat16`, else float32), kind ("matrix":
+    whitened, convolutions as (out, rest); "embedding" and "head": the diagonal metric; "vector";
+    None: by shape alone), clusters (one integer a parameter). What regions do (use_trust_region,
+    adapt_radius, active_share) and spike_limit are read from the first group that has a gradient. A
+    parameter that was resized in place starts anew. Raises ValueError for options that make no
+    sense, RuntimeError for sparse or complex gradients and sharded parameters.
     """
 
     GROW, SHRINK, RELAX = 0.06, 0.14, 0.8  # natural logs a step, and the pull back to the centre
@@ -1290,7 +1308,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
 
     @property
     def active_share(self) -> float:
-        """Share of the clusters whose step was cut, at the newest step."""
+        """Share of the clusters whose newest step was shortened: see `ConstrainedUpdateInfo`."""
         return self._newest()[2]
 
     @property
@@ -1374,7 +1392,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         """Cut: the region shrinks. Not cut: it grows. The centre follows the proposals' length,
         slowly (Robbins-Monro on their quantile), so that a share of the steps is cut.
 
-        In equilibrium share x SHRINK = (1 - share) x GROW.
+        A region of fixed centre is cut where SHRINK and GROW balance, in 30 % of the steps; the
+        centre makes up for other shares.
         """
         live = moving & finite
         factor, move = region["log_factor"], torch.where(active, -self.SHRINK, self.GROW)
@@ -1672,16 +1691,19 @@ class HybridOptimizer(ConstrainedOptimizer):
 
     params: an nn.Module (best: embeddings and heads are recognised), ``named_parameters()``,
     parameters, or groups. pretrained: the weights are to be changed, not made; steps are then
-    short. Whatever is given for lr, momentum, weight_decay or an option of `ConstrainedOptimizer`
-    replaces what these two start from. step_length, as the configuration's, is where guidance
-    starts: at most its LONGEST.
+    short. Defaults: lr 6e-3, momentum 0.8, weight_decay 0.5, least_share 0.3 and whitened matrices;
+    with pretrained lr 3e-4, momentum 0.6, weight_decay 1e-5 and none whitened. Any of them, and any
+    other option of `ConstrainedOptimizer`, may be given. weight_decay is of matrices and heads, not
+    of embeddings and vectors; a group of the caller's without one has it unless it holds vectors.
+    step_length (a share of the weights, as the configuration's) is where guidance starts, at most
+    Guidance.LONGEST; guided=False leaves it there. seed: of the auxiliary network.
 
-    Schedule. With max_steps the rate rises over `warmup_fraction` of them and falls to 0 at their
-    end; after that it goes on at half the rate, falling as 1/sqrt(t). Without max_steps it falls as
-    1/t from step ANNEAL on, and never ends; `end_in` brings it to 0. schedule=False keeps it. A
-    schedule of the caller's replaces all that: an LRScheduler's (whose initial_lr or max_lr is its
-    peak), or one that writes group["lr"] from the first step on (whose peak is lr). Rates that are
-    written later are factors of the schedule.
+    Schedule. With max_steps the rate rises over `warmup_fraction` of them, at most LONGEST_WARMUP
+    steps, and falls to 0 at their end; after that it goes on at half the rate, falling as
+    1/sqrt(t). Without max_steps it falls as 1/t from step ANNEAL on, and never ends; `end_in`
+    brings it to 0. schedule=False keeps it. A schedule of the caller's replaces all that: an
+    LRScheduler's (whose initial_lr or max_lr is its peak), or one that writes group["lr"] from the
+    first step on (whose peak is lr). Rates that are written later are factors of the schedule.
 
     Average. Steps that stay long leave the weights shaking around a better place, which their mean
     is nearer to. `eval` puts the mean of about the last ninth of the steps into the model, `train`
@@ -1698,7 +1720,7 @@ class HybridOptimizer(ConstrainedOptimizer):
 
     Reading slopes and norms waits for a GPU. A loaded state brings its max_steps along (set the
     attribute to extend a run), and whether it averages. Raises ValueError for options that make no
-    sense.
+    sense, TypeError for params that are none.
     """
 
     ANNEAL = 100  # steps before a rate without a horizon begins to fall
@@ -1824,8 +1846,9 @@ class HybridOptimizer(ConstrainedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One step. A gradient that is not finite skips it: weights, moments and guidance stay.
-        RuntimeError between `eval` and `train`."""
+        """One step; returns what the closure does. A gradient that is not finite, or nothing but
+        zeros, moves no weight and leaves guidance alone; the schedule goes on. RuntimeError between
+        `eval` and `train`."""
         if self._averaged:
             raise RuntimeError(
                 "step: the model holds averaged weights; call the optimiser's train() after eval()"
@@ -2013,11 +2036,14 @@ class HybridOptimizationManager:
 
     Two calling habits, told apart by what ``gradients`` is:
 
-    - the flat concatenation of every parameter's gradient in ``model.parameters()`` order, or
-      None to use ``p.grad``: the manager updates every trainable parameter of the model;
-    - one number, the gradient norm: the manager observes and advises, nothing is changed.
+    - the gradients of all parameters, or of all trainable ones, as one flat vector in
+      ``model.parameters()`` order, which takes the place of ``p.grad``; or None, to use ``p.grad``:
+      the manager updates every trainable parameter of the model;
+    - one number, the gradient norm (of a model with a single trainable weight: a Python number):
+      the manager observes and advises, the model is not touched.
 
-    A loss or a gradient that is not finite skips the step and changes nothing.
+    A loss or a gradient that is not finite skips the step: it is recorded, and weights and running
+    means stay.
 
     The processes of a DistributedDataParallel model (pass it, not what it wraps) take the same
     step: the mean of their losses and, in logarithms, of their multipliers and cluster rates.
@@ -2151,22 +2177,27 @@ class HybridOptimizationManager:
         loss: Any,
         gradients: Any,
         cluster_id: int = 0,
-        step: int = 0,
+        step: int | None = None,
         base_lr: float | None = None,
     ) -> dict[str, Any]:
-        """One step, or one piece of advice (see the class). base_lr replaces the configured rate
-        *and* its schedule: the caller's own schedule rules. The largest one so far is taken for
-        its peak, so a warm-up of the caller's is made up for as any rate that is too low; at 0
-        only the running means move.
+        """One step, or one piece of advice (see the class).
 
-        Returns loss, learning_rate, lr_multiplier, trust_radius (fraction of ||Theta_c||),
-        update_magnitude (||dTheta||_2), efficiency (that over the length proposed),
-        constraint_active, gradient_magnitude, skipped, active_share (share of the parameter
-        clusters whose step was cut), and the cluster's rate.
+        cluster_id: of the batch's data, for `cluster_rates`; -1: of several. step: its number, from
+        0, by which schedule and guidance go; None: as many as were taken or skipped before. base_lr
+        replaces the configured rate *and* its schedule. The largest one so far counts as its peak,
+        so guidance undoes a warm-up of the caller's; at 0 only the running means move.
 
-        Raises ValueError for another model than the one before, for parameters that were frozen
-        at the first step and have a gradient now, and where no parameter has one.
+        Returns loss, learning_rate (base, multiplier and cluster's rate; 0 of a skipped step),
+        lr_multiplier, trust_radius, constraint_active, efficiency and update_magnitude as
+        `ConstrainedUpdateInfo` has them, gradient_magnitude, skipped, active_share (share of the
+        parameter clusters whose step was shortened), and cluster_rate.
+
+        Raises ValueError for another model than the one before, for a parameter that is to be
+        trained and was frozen or not there at the first step, where no parameter has a gradient,
+        and for a flat gradient of another length; RuntimeError for sparse, complex or sharded
+        gradients.
         """
+        step = self.taken_steps + self.skipped_steps if step is None else step
         model = getattr(model, "_orig_mod", model)  # of torch.compile
         if base_lr is not None:
             _check("base_lr", base_lr, _AT_LEAST_0)
@@ -2389,7 +2420,7 @@ class HybridOptimizationManager:
     def get_summary(self) -> dict[str, Any]:
         """final_loss, metrics_history (of the newest HISTORY steps), trust_radius, total_steps,
         skipped_steps, avg_lr_multiplier, constraint_activation_rate (share of cluster-steps that
-        were cut), fallback_steps (where the network's output was not finite)."""
+        were shortened), fallback_steps (where the network's output was not finite)."""
         n = max(1, self.taken_steps)
         return {
             "final_loss": self._last_loss,

@@ -66,6 +66,32 @@ def test_flat_gradients_equal_own_gradients():
     assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
+def test_a_manager_counts_for_who_does_not():
+    """Steps, skipped ones and pieces of advice, also after it was saved and loaded."""
+    x, y = digits()
+    config = HybridTrainingConfig(max_steps=40, base_learning_rate=6e-3)
+    told, counts = make_net(), make_net()
+    one, two = HybridOptimizationManager(config), HybridOptimizationManager(config)
+    rates = []
+    for step in range(30):
+        if step == 20:
+            saved = copy.deepcopy(two.state_dict())
+            two = HybridOptimizationManager(config)
+            two.load_state_dict(saved, counts)
+        loss = float("nan") if step == 7 else None
+        first = one.optimization_step(told, backward(told, x, y) if loss is None else loss, None,
+                                      step=step)  # fmt: skip
+        second = two.optimization_step(
+            counts, backward(counts, x, y) if loss is None else loss, None
+        )
+        assert first["learning_rate"] == second["learning_rate"]
+        rates.append(second["learning_rate"])
+    assert all(
+        torch.equal(p, q) for p, q in zip(told.parameters(), counts.parameters(), strict=True)
+    )
+    assert rates[-1] < max(rates) / 2  # the schedule went on
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_a_gradient_norm_only_advises(as_tensor):
     """Calling habit 2: the caller steps an optimiser of its own."""

@@ -11,8 +11,9 @@ import torch.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from toys import LINEAR_NAMES
 
-from lowbit.models.decoder import LINEAR_NAMES, CausalLM, ModelConfig
+from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.quantization.layers import (
     AT_ONCE,
     DIVISORS,

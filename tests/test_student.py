@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from toys import LINEAR_NAMES
 
 from lowbit import UserError
-from lowbit.models.decoder import LINEAR_NAMES, STUDENT_SIZES, CausalLM, ModelConfig
+from lowbit.models.decoder import STUDENT_SIZES, CausalLM, ModelConfig
 
 CONFIGS = {
     "tied": dict(),

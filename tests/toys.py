@@ -17,6 +17,9 @@ from hybrid_optimization import (
     HybridTrainingConfig,
 )
 
+#: The linear layers of the plain decoder's blocks, by the last part of their names.
+LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 def make_net(seed: int = 0) -> nn.Module:
     """A model that is not ours: convolution, normalisation, embedding-free, with biases."""

@@ -10,9 +10,9 @@ Codes and scales go into the format's blocks as they are, without rounding once 
     Q1_0    128 weights, a bit each and a float16 scale: 1-bit, rows that 128 divides
     Q8_0    32 weights, 8 bits each and a float16 scale: what the student holds in 8 bits
 
-(block layouts: ggml-common.h of llama.cpp). Scales of the student are bfloat16, which float16
-holds exactly from 2^-14 to 65504 and below to 2^-24. Rows of queries and keys of the architecture
-llama are in the order of its rotary pairs.
+(block layouts: ggml-common.h of llama.cpp). Scales of the student are bfloat16, which float16 holds
+exactly from 2^-17 to 65504; smaller ones of a row become multiples of 2^-24. Rows of queries and
+keys of the architecture llama are in the order of its rotary pairs.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ _TRITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)  # (243, 5
 
 
 def pack_ternary(codes: np.ndarray) -> np.ndarray:
-    """Codes in {-1, 0, 1}, any shape -> uint8 (ceil(n / 5),); the last byte is padded with 0."""
+    """Codes in {-1, 0, 1}, any shape -> uint8 (ceil(n / 5),); the last byte is padded with 0.
+    ValueError for other codes, as by all that pack."""
     flat = np.asarray(codes).ravel()
     if not np.isin(flat, (-1, 0, 1)).all():
         raise ValueError("ternary codes are -1, 0 and 1")
@@ -99,7 +100,7 @@ def pack_bits(codes: np.ndarray) -> np.ndarray:
 
 
 def unpack_bits(packed: np.ndarray, count: int) -> np.ndarray:
-    """Inverse of `pack_bits`: int8 (count,)."""
+    """Inverse of `pack_bits`: int8 (count,). ValueError for a wrong length or padding bits."""
     if packed.size != -(-count // 8):
         raise ValueError(f"{packed.size} bytes cannot hold {count} 1-bit codes")
     bits = np.unpackbits(packed, bitorder="little")
@@ -118,7 +119,7 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
 
 
 def unpack_nibbles(packed: np.ndarray, count: int) -> np.ndarray:
-    """Inverse of `pack_nibbles`: int8 (count,)."""
+    """Inverse of `pack_nibbles`: int8 (count,). ValueError for a wrong length."""
     if 2 * packed.size != count:
         raise ValueError(f"{packed.size} bytes cannot hold {count} 4-bit codes")
     return np.stack((packed & 15, packed >> 4), axis=1).ravel().astype(np.int8) - 8
@@ -201,7 +202,12 @@ def save_packed(
     plain: str = "float32",
     notes: dict | None = None,
 ) -> SizeReport:
-    """Write the file, whole or not at all, and say how large it became."""
+    """Write the file, whole or not at all, and say how large it became.
+
+    tokenizer: what its `describe` gives; plain: "float32" or "float16", of tensors without codes;
+    notes: whatever JSON can say, kept in the header. UserError for a value that is not finite,
+    OSError where the file cannot be written.
+    """
     entries, streams = encode_model(model, plain)
     files = tokenizer.get("files")
     tokenizer = {k: v for k, v in tokenizer.items() if k != "files"}

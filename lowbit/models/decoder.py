@@ -19,7 +19,8 @@ from lowbit.models.interface import Features, LanguageModel
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a decoder. Field names follow Hugging Face's ``LlamaConfig``."""
+    """Shape of a decoder. Field names follow Hugging Face's ``LlamaConfig``. UserError for values
+    that are out of range or do not fit together."""
 
     vocab_size: int = 256
     hidden_size: int = 256
@@ -74,9 +75,6 @@ STUDENT_SIZES: dict[str, dict[str, int]] = {
     "base": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=3),
     "large": dict(hidden_size=512, intermediate_size=1536, num_hidden_layers=4),
 }
-
-#: The linear layers that are quantised, by the last part of their module name.
-LINEAR_NAMES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 KV = tuple[torch.Tensor, torch.Tensor]
 
@@ -178,7 +176,7 @@ class Decoder(nn.Module):
 
 class CausalLM(LanguageModel):
     """The decoder with its head: ids (B, T) -> logits (B, T, V). Its cache is a list with a pair of
-    keys and values, each (B, H_kv, T, D), for every layer."""
+    keys and values, each (B, K, T, D), for every layer."""
 
     cos: torch.Tensor  # (max_position_embeddings, D)
     sin: torch.Tensor

@@ -72,7 +72,8 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def rows_of(self, cache: Any, rows: torch.Tensor) -> Any:
-        """The cache of some sequences of its batch; the one that is given may change."""
+        """The cache of these sequences (n,) of its batch, in this order. The one that is given may
+        change with it: do not use it again."""
         raise NotImplementedError
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +126,8 @@ class Call:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """The stream (B, T, C) after the block. B is as it was when this was recorded, or 1 was."""
+        """The stream (B, T, C) after the block of the stream x (B, T, C) before. T is that of the
+        recording, and so is B, unless one window was recorded."""
         out = block(x, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
 

@@ -89,7 +89,8 @@ def fit_scale(codes: torch.Tensor, w: torch.Tensor, moment: torch.Tensor) -> tor
 def latent_weights(
     codes: torch.Tensor, scale: torch.Tensor, w: torch.Tensor, mode: str
 ) -> torch.Tensor:
-    """Weights (O, I) near w that the quantiser of this mode maps to ``codes`` and ``scale``.
+    """Weights (O, I) near w that the quantiser of this mode maps to ``codes`` (O, I) and, up to
+    bfloat16's rounding, to ``scale`` (O, 1). After 50 repetitions a ternary code may still differ.
 
     Entries on the wrong side of the quantiser's threshold are moved just across it. The threshold
     depends on the entries, so this is repeated; codes are the same for every multiple of a row,
@@ -114,8 +115,11 @@ def latent_weights(
 
 @torch.no_grad()
 def calibrate_layer(layer: QATLinear, moment: torch.Tensor, missing: torch.Tensor) -> None:
-    """Second moment of the inputs (I, I) and E[x (y - W x)^T] (I, O), what the layer's output
-    lacks, both in the same weights of tokens -> new latent weights, in place."""
+    """Give a layer new latent weights, in place, or leave them where they would not be finite.
+
+    moment: E[x x^T] (I, I) of its inputs; missing: E[x (y - W x)^T] (I, O), what its output lacks
+    of the wanted one y. Both means give tokens the same weights.
+    """
     w = layer.weight.data
     ridge = moment.clone()
     ridge.diagonal().add_(RIDGE * ridge.diagonal().mean().clamp_min(1e-12))
@@ -231,11 +235,12 @@ def calibrate(
     *,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> LanguageModel:
-    """Calibrate, in place, the ternary or 1-bit layers of a student that holds the teacher's
-    weights, on batches of token ids, (B, T) each. Scales a row, in closed form, only.
+    """Calibrate, in place, a student that holds the teacher's weights, on batches of token ids,
+    (B, T) each; returns it. Ternary and 1-bit layers are refitted and rounded, those of 8 and 4
+    bits only refitted. For scales a row, in closed form, which is not checked.
 
     progress wraps the loop over blocks. Raises ValueError where the shapes differ or the student
-    has no such layers.
+    has no `QATLinear`.
     """
     if student.describe() != teacher.describe():
         raise ValueError("calibrate: the student's shape is not the teacher's")

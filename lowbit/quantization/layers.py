@@ -40,7 +40,7 @@ def mean_magnitude(w: torch.Tensor, scope: str) -> torch.Tensor:
 
 
 def round_scale(scale: torch.Tensor) -> torch.Tensor:
-    """The nearest bfloat16, as float32 (exact in float16 too between 2^-14 and 65504)."""
+    """The nearest bfloat16, as float32 (exact in float16 too between SMALLEST_HALF and 65504)."""
     top = torch.finfo(torch.bfloat16).max
     return scale.clamp(-top, top).to(torch.bfloat16).float()
 
@@ -123,8 +123,8 @@ HELD_MODES = {f"int{bits}": codes_of for bits, codes_of in HELD_CODES.items()}
 
 
 def from_codes(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Weights of codes (rows, n) whose scales are for as many consecutive ones each; in the place
-    of codes that are floats."""
+    """codes x scale, of the codes' shape. Each of the scales, in any shape, is for the same number
+    of consecutive codes. Codes that are floats are overwritten by the result."""
     values, scale = codes.view(scale.numel(), -1), scale.view(-1, 1)
     return (values.mul_(scale) if codes.is_floating_point() else values * scale).view_as(codes)
 
@@ -174,9 +174,14 @@ class QATLinear(nn.Linear):
     """A linear layer whose forward pass uses ternary, 1-bit, 8-bit or 4-bit weights (modes int8 and
     int4, for the few layers that need more); `weight` is the latent.
 
+    mode: one of MODES; scope: what one scale is for, a "row" or the whole "tensor". ValueError for
+    others, and for int8 and int4 with a scope or scales of another kind than theirs.
+
     Below strength 1 (see `strength`) it uses weight + strength (rounded weight - weight).
     With learnable_scale the scale is ``base_scale * weight_scale``: base_scale (a buffer) is the
-    closed-form scale at conversion, weight_scale a parameter that starts at 1.
+    closed-form scale at conversion, weight_scale a parameter that starts at 1. Ternary codes are
+    then round(w / scale), clipped, as LSQ has them, where the closed form has a threshold of 0.7
+    mean |w|.
     """
 
     base_scale: torch.Tensor
@@ -207,6 +212,7 @@ class QATLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mode: str, scope: str, learnable: bool) -> QATLinear:
+        """A layer with the weight and bias of this one, not copies of them."""
         new = cls(
             linear.in_features,
             linear.out_features,
@@ -321,8 +327,13 @@ def quantize_model(
 ) -> LanguageModel:
     """Replace, in place, every linear layer of the blocks by `QATLinear`, and the embedding of the
     plain decoder by `QATEmbedding`, whose untied head stays float. Latent parameters keep their
-    names and identity. Layers named in ``more``, as `block_layers` names them, have ``high_bits``,
-    8 or 4. Embedding and head of other decoders are held in 8 or 4 bits, frozen."""
+    names and identity. Returns the model.
+
+    mode, scope, learnable_scale: as of `QATLinear`. Layers named in ``more``, as `block_layers`
+    names them, have ``high_bits`` instead, 8 or 4. Embedding and head of other decoders than the
+    plain one are held in ``embedding_bits``, 8 or 4, frozen. ValueError for what `QATLinear`
+    refuses.
+    """
     low, high = (mode, scope, learnable_scale), (f"int{high_bits}", "row", False)
     for name, layer in block_layers(model).items():
         block, _, path = name.partition(".")

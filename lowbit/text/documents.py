@@ -1,8 +1,9 @@
 """Documents: reading, deduplication, and the split into training and validation.
 
 A *document* is a named text, or a chat. Documents go to training or validation by a hash of their
-name, so the split does not move when documents are added, and no document is in both. Paragraphs
-that occur twice are kept once, across the whole collection.
+name, so the split does not move when documents are added, and no document is in both. Of fewer
+than MIN_DOCUMENTS the sections are split instead, and where the hash holds none out, that with the
+smallest is. Paragraphs that occur twice are kept once, across the whole collection.
 """
 
 from __future__ import annotations

@@ -48,8 +48,9 @@ def memory_needed(
     """Bytes for teacher, student, gradients, two moments, rounded weights, codes, activations of a
     pass of so many tokens (with ``recomputes`` of one block), and the logits of a chunk.
 
-    trained: the student's weights that are; held: bytes of a weight of the teacher's blocks and of
-    the copies that heads multiply by. What an allocator leaves between is a tenth.
+    trained: how many of the student's weights are trained; held: bytes of a weight of the teacher's
+    blocks, and of the copies that heads multiply by. A tenth is added for what an allocator leaves
+    unused.
     """
     blocks = len(teacher.blocks)
     outputs = sum(

@@ -76,8 +76,11 @@ def soft_target_terms(
     alpha: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Float32 logits (N, V) twice and labels (N,) -> CE and KL of each token, (N,), as
-    `distillation_terms` defines them, and the derivative (N, V) of alpha CE + (1 - alpha) KL.
+    """Float32 logits (N, V) of student and teacher, and labels (N,) -> CE and KL of each token,
+    (N,) each, and the derivative (N, V) of alpha CE + (1 - alpha) KL by the student's logits.
+
+    `distillation_terms` has the definitions, but here every label is a token: a caller gives those
+    that are IGNORED another, and no weight.
 
     With p and q the softmax of teacher and student at temperature tau, KL = tau^2 (sum_v p (z_t -
     z_s) / tau - lse(z_t / tau) + lse(z_s / tau)), whose derivative is tau (q - p). Written
@@ -112,7 +115,7 @@ def soft_target_terms(
 @dataclass
 class TopK:
     """Of each token's next one the K most likely ids, (..., K), and the natural logs of their
-    probabilities, (..., K)."""
+    probabilities at the temperature of the loss, (..., K)."""
 
     ids: torch.Tensor
     log_p: torch.Tensor
@@ -121,9 +124,9 @@ class TopK:
 def top_k_terms(
     student: torch.Tensor, teacher: TopK, labels: torch.Tensor, alpha: float, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`soft_target_terms` where K of the teacher's probabilities, at this temperature, are known:
-    all other tokens count as one, with what is left of either distribution. That KL is never more
-    than the whole one, and 0 only where the K and the rest agree.
+    """`soft_target_terms` where K of the teacher's probabilities, at this temperature, are known,
+    (N, K): all other tokens count as one, with what is left of either distribution. That KL is
+    never more than the whole one, and 0 only where the K and the rest agree.
 
     With r the rest, its derivative is tau (q_v - p_v) for the K and tau q_v (1 - p_r / q_r) for
     the others. Destroys the student's logits.
@@ -286,8 +289,9 @@ def distillation_objective(
     alpha: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`chunked_objective`, or the same from whole logits where these are few and the teacher's are
-    at hand."""
+    """(objective, CE (B,), KL (B,)) as of `chunked_objective`, or the same from whole logits where
+    these are few and the teacher's are at hand; CE and KL then carry gradients. weights (B,), of
+    windows: None for all 1."""
     if isinstance(target, TopK) or labels.numel() * student.vocab_size > LOGITS_AT_ONCE:
         ones = torch.ones(len(labels), device=labels.device) if weights is None else weights
         return chunked_objective(student, teacher, final, target, labels, ones, alpha, temperature)

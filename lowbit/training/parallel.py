@@ -173,8 +173,8 @@ class World:
         return torch.device("cuda", self.local)
 
     def part(self, n: int) -> tuple[slice, bool]:
-        """This process's of n items, at least one. False where another's are the same and count:
-        there are fewer items than processes."""
+        """Which of n items this process has, never none, and whether they count: where there are
+        fewer items than processes, some have an item that counts elsewhere."""
         start, stop = (n * r // self.count for r in (self.rank, self.rank + 1))
         return slice(start, max(stop, start + 1)), stop > start
 
