@@ -800,6 +800,24 @@ class _Bucket:
             return torch.linalg.vector_norm(x, dtype=torch.float32).reshape(1)
         return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1, dtype=torch.float32)
 
+    def move(self, d: Tensor, factor: Tensor, bound: Tensor, keep_step: bool) -> None:
+        """Add factor x d, whose norm must not pass the bound (count,), to the parameters; with
+        ``keep_step`` it stays in the states, for the slope along it. May destroy d."""
+        if self.params[0].dtype in _HALF:
+            self.move_half(d.mul_(factor), bound)
+        elif self.alone and not keep_step:  # one pass over both
+            p = self.params[0]
+            p.addcmul_(d.to(p.dtype), factor.to(p.dtype))
+        else:
+            each = self.parts(d.mul_(factor))
+            steps = [x.to(p.dtype) for x, p in zip(each, self.params, strict=True)]
+            torch._foreach_add_(self.params, steps)
+        if keep_step:
+            self["taken"] = d
+        else:
+            for state in self.states:
+                state.pop("taken", None)
+
     def move_half(self, d: Tensor, bound: Tensor) -> None:
         """Weights of half precision by d, which is float32, but by no more than bound (count,) in
         2-norm: to the nearest where that is inside, else rounded towards where they are."""
@@ -821,6 +839,15 @@ class _Bucket:
             closer = (old + (d - d.clamp(-unit, unit))).to(dtype)
             new = torch.where(self.column(inside), new, closer)
         torch._foreach_copy_(self.params, self.parts(new))
+
+    def follow(self, name: str, x: Tensor, rate: float, keep: Tensor | None) -> Tensor:
+        """The running mean that the states hold under this name, now that x has joined it; keep: 0
+        where it must not."""
+        if name not in self:
+            self[name] = torch.zeros_like(x)
+        mean = self[name]
+        mean.lerp_(x, rate if keep is None else rate * keep)
+        return mean
 
     def __contains__(self, name: str) -> bool:
         return all(name in state for state in self.states)
@@ -1181,21 +1208,14 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         waits = device.type == "cpu" and not self.never_wait
         if gradient_norm is None or closure is not None:
             gradient_norm = self._known_norm() if waits else self.gradient_norm()
-        if isinstance(gradient_norm, Tensor):
-            unit = self._gradient_scale(float(gradient_norm) if waits else None)
-            gradient_norm = gradient_norm * unit if unit != 1 else gradient_norm
-        else:
-            unit = self._gradient_scale(gradient_norm)
-            if math.isfinite(gradient_norm):
-                gradient_norm = min(gradient_norm * unit, torch.finfo(torch.float32).max)
-            gradient_norm = torch.tensor(gradient_norm, dtype=torch.float32, device=device)
-        finite = torch.isfinite(gradient_norm)
+        norm, unit = self._in_range(gradient_norm, device, waits)
+        finite = torch.isfinite(norm)
         if waits and not bool(finite):
             return self._no_step(loss)
         # Elsewhere the host does not wait for the answer: a step that must not happen has weight
         # zero in everything that it would touch.
         keep = None if waits else finite.float()
-        share = self._spike_share(gradient_norm, finite, live[0][-1]["spike_limit"])
+        share = self._spike_share(norm, finite, live[0][-1]["spike_limit"])
         left = None if waits and float(share) == 1 and unit == 1 else share * unit
 
         buckets = self._buckets(live)
@@ -1257,20 +1277,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         bounds = proposed * length * (allowed / total.clamp_min(1e-30))[layout.index]
         for bucket, mine, d, scale in moves:
             f = bucket.column(factor[mine].to(d.device) * scale)
-            if bucket.params[0].dtype in _HALF:
-                bucket.move_half(d.mul_(f), bounds[mine])
-            elif bucket.alone and not keep_step:  # one pass over both
-                p = bucket.params[0]
-                p.addcmul_(d.to(p.dtype), f.to(p.dtype))
-            else:
-                each = bucket.parts(d.mul_(f))
-                steps = [x.to(p.dtype) for x, p in zip(each, bucket.params, strict=True)]
-                torch._foreach_add_(bucket.params, steps)
-            if keep_step:
-                bucket["taken"] = d
-            else:
-                for state in bucket.states:
-                    state.pop("taken", None)
+            bucket.move(d, f, bounds[mine], keep_step)
 
         asked = total / (region["centre"] * radius_scale * weight).clamp_min(1e-30)
         asked = torch.log10(asked.clamp(1e-6, 1e6)) * moving
@@ -1327,6 +1334,19 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             ]
             self._cached = _Layout(live, key, gains, count)
         return self._cached
+
+    def _in_range(
+        self, norm: Tensor | float, device: torch.device, waits: bool
+    ) -> tuple[Tensor, float]:
+        """The gradient's norm as it is once gradients were multiplied by what `_gradient_scale`
+        says, and that. waits: the host may read it."""
+        if isinstance(norm, Tensor):
+            unit = self._gradient_scale(float(norm) if waits else None)
+            return (norm * unit if unit != 1 else norm), unit
+        unit = self._gradient_scale(norm)
+        if math.isfinite(norm):
+            norm = min(norm * unit, torch.finfo(torch.float32).max)
+        return torch.tensor(norm, dtype=torch.float32, device=device), unit
 
     def _gradient_scale(self, norm: float | None = None) -> float:
         """What gradients are multiplied by before they are squared: 1 for ordinary ones, else a
@@ -1417,43 +1437,47 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(d, scale, size): the unit-scale direction of a bucket is d x scale (weights move
         against it), d of the bucket's shape; scale and size, the 2-norm of that, are
-        (count,). Their product is left to the final update, which reads d anyway. keep: 0 where
-        the step must leave no trace, 1 otherwise; left: the share of the gradient that is trusted,
-        times its scale (None: 1, and no time lost on it)."""
+        (count,). Their product is left to the final update, which reads d anyway. order: of the
+        bucket among others, by which they take turns. keep: 0 where the step must leave no trace,
+        1 otherwise; left: the share of the gradient that is trusted, times its scale (None: 1, and
+        no time lost on it)."""
         group = bucket.group
         g = bucket.gather([p.grad for p in bucket.params if p.grad is not None])
         if keep is not None:
             keep = keep.to(g.device)
             g = torch.where(keep > 0, g, 0.0)
         g = g.float() if left is None else _scaled(g, left.to(g.device))
-
-        def follow(name: str, x: Tensor, rate: float) -> Tensor:
-            """The running mean that the states hold under this name, now that x has joined it."""
-            if name not in bucket:
-                bucket[name] = torch.zeros_like(x)
-            mean = bucket[name]
-            mean.lerp_(x, rate if keep is None else rate * keep)
-            return mean
-
         for state in bucket.states:
             state["step"] = state.get("step", 0) + 1
         t, beta = bucket.states[0]["step"], group["momentum"]
-        mean = follow("mean", g, 1 - beta)
+        mean = bucket.follow("mean", g, 1 - beta, keep)
         # Nesterov's look-ahead beta mean / (1 - beta^t) + (1 - beta) g, up to its factor.
         factor = beta / (1 - beta**t)
         if factor > 0:
             ahead = torch.add(mean, g, alpha=(1 - beta) / factor)
         else:
             ahead, factor = g.clone(), 1.0
-        entry_rate = 1 - group["metric_decay"]
-        if bucket.kind != "matrix" or not group["use_matrix_geometry"]:
-            bias = 1 - group["metric_decay"] ** t
-            square = follow("square", g * g, entry_rate)
-            divisor = square.sqrt().mul_(1 / math.sqrt(bias)).add_(1e-12)
-            d = ahead.div_(divisor.mul_(1 / factor))
-            size = bucket.norm(d)
-            return d, torch.ones_like(size), size
+        if bucket.kind == "matrix" and group["use_matrix_geometry"]:
+            return self._whitened(bucket, order, keep, g, ahead, factor)
+        bias = 1 - group["metric_decay"] ** t
+        square = bucket.follow("square", g * g, 1 - group["metric_decay"], keep)
+        divisor = square.sqrt().mul_(1 / math.sqrt(bias)).add_(1e-12)
+        d = ahead.div_(divisor.mul_(1 / factor))
+        size = bucket.norm(d)
+        return d, torch.ones_like(size), size
 
+    def _whitened(
+        self,
+        bucket: _Bucket,
+        order: int,
+        keep: Tensor | None,
+        g: Tensor,
+        ahead: Tensor,
+        factor: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_direction` of weight matrices in the metric of both sides, from the gradient g and the
+        momentum factor x ahead, both of the bucket's shape."""
+        group, t = bucket.group, bucket.states[0]["step"]
         decay = group["matrix_metric_decay"]
         # Half the precision is no loss: these are statistics of a few noisy gradients.
         dtype = group["product_dtype"]
@@ -1468,20 +1492,11 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         large, small = g.shape[-2:]
         inner = equal_blocks(small, group["largest_block"])
         outer = equal_blocks(large, min(small, self.OUTER_BLOCK))
-        # The metric changes fast at first: roots that are a few steps old cost steps there, and
-        # only there (EXPERIMENTS.md). Matrices take turns; who lost its turn because `every`
-        # grew does not wait for the next.
-        every = min(group["refresh_every"], max(2, t // self.SETTLED))
-        oldest = min(group["refresh_every"], 2 + t // self.SETTLED)
-        age = t - min(state.get("rooted", 0) for state in bucket.states)
-        due = t in (1, 2, 4) or (t + order) % every == 0 or age >= oldest
-        if due:
-            for state in bucket.states:
-                state["rooted"] = t
+        due = self._roots_due(bucket, order)
 
         def root(name: str, product: Tensor) -> Tensor:
             """Of the running mean of products (..., m, m): its inverse square root."""
-            gram = follow(name, product.float(), 1 - decay)
+            gram = bucket.follow(name, product.float(), 1 - decay, keep)
             if due:
                 found = inverse_square_root(gram / (1 - decay**t), group["damping"])
                 bucket[f"{name}_root"] = found.to(dtype)
@@ -1497,7 +1512,8 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         g, ahead = (x.reshape(*lead, outer, -1, small) for x in (g, ahead))
         d = (root("outer", g @ g.mT) @ ahead).float().view(*lead, large, small)
         # Rows and columns are even now; entries need not be.
-        d.div_(follow("whitened_square", d * d, entry_rate).sqrt().add_(1e-12))
+        entries = bucket.follow("whitened_square", d * d, 1 - group["metric_decay"], keep)
+        d.div_(entries.sqrt().add_(1e-12))
         # Of the length of the first side's step, which is short where gradients disagree; of the
         # size of Adam's entries, times WHITENED_GAIN and the root of the aspect ratio: wide
         # matrices bear longer steps than square ones (EXPERIMENTS.md).
@@ -1512,6 +1528,23 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             length = length.clamp_min((norm / usual).clamp(max=1) * least)
         scale = torch.where(length > 0, length / bucket.norm(d).clamp_min(1e-30), 1.0)
         return (d.mT if wide else d).reshape(*lead, *bucket.shape), scale, length
+
+    def _roots_due(self, bucket: _Bucket, order: int) -> bool:
+        """Whether the metric's roots are to be made anew in this step.
+
+        The metric changes fast at first: roots that are a few steps old cost steps there, and only
+        there (EXPERIMENTS.md). Matrices take turns; who lost its turn because the interval grew
+        does not wait for the next.
+        """
+        t, longest = bucket.states[0]["step"], bucket.group["refresh_every"]
+        every = min(longest, max(2, t // self.SETTLED))
+        oldest = min(longest, 2 + t // self.SETTLED)
+        age = t - min(state.get("rooted", 0) for state in bucket.states)
+        due = t in (1, 2, 4) or (t + order) % every == 0 or age >= oldest
+        if due:
+            for state in bucket.states:
+                state["rooted"] = t
+        return due
 
 
 # -------------------------------------------------------------------------------- the manager
