@@ -73,16 +73,13 @@ def _by_start(name: str) -> str:
     return f"(default: {', '.join(words)}; the second from random weights)"
 
 
-def make_parser() -> Parser:
-    parser = Parser(
-        description="Distil a teacher language model into a ternary or 1-bit student.",
-        epilog="Flags may be written with dashes or underscores.",
-        allow_abbrev=False,
-    )
-    count, positive = COUNT, number(float, 0, open_low=True)
-    switch: dict[str, Any] = dict(nargs="?", const=True, type=boolean, metavar="true|false")
+POSITIVE = number(float, 0, open_low=True)
+#: A flag with a value, which may be left out.
+SWITCH: dict[str, Any] = dict(nargs="?", const=True, type=boolean, metavar="true|false")
+Group = argparse._ArgumentGroup
 
-    g = parser.add_argument_group("what is trained")
+
+def _student_flags(g: Group) -> None:
     g.add_argument("--ternary", action="store_true", help="1.58-bit weights (default: 1-bit)")
     g.add_argument(
         "--qat",
@@ -135,11 +132,11 @@ def make_parser() -> Parser:
         "--calibrate",
         help="round with second-order information where a float model is converted: at the start "
         "with --qat and --student_init teacher, at the end without --qat (true with --hybrid)",
-        **switch,
+        **SWITCH,
     )
     g.add_argument(
         "--calibration_tokens",
-        type=count,
+        type=COUNT,
         metavar="N",
         help="of training text to round by (default 32768 for bytes, 16384 for others)",
     )
@@ -163,12 +160,13 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--student_layers",
-        type=count,
+        type=COUNT,
         metavar="N",
         help="of the teacher's layers, evenly spaced, first and last among them (default all)",
     )
 
-    g = parser.add_argument_group("text")
+
+def _text_flags(g: Group) -> None:
     g.add_argument(
         "--data",
         nargs="+",
@@ -180,20 +178,20 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--self_tokens",
-        type=count,
+        type=COUNT,
         metavar="N",
         help="that the teacher writes with --data self (default 200000)",
     )
     words = "(default {} for bytes, {} for a teacher's own vocabulary)"
     g.add_argument(
-        "--seq_len", type=count, help=f"tokens a window {words.format(*BY_TEACHER['seq_len'])}"
+        "--seq_len", type=COUNT, help=f"tokens a window {words.format(*BY_TEACHER['seq_len'])}"
     )
     g.add_argument(
-        "--batch_size", type=count, help=f"windows a step {words.format(*BY_TEACHER['batch_size'])}"
+        "--batch_size", type=COUNT, help=f"windows a step {words.format(*BY_TEACHER['batch_size'])}"
     )
     g.add_argument(
         "--micro_batch_size",
-        type=count,
+        type=COUNT,
         metavar="N",
         help="windows a forward pass; gradients of a step are summed over its passes (default: "
         "what memory allows, on a CPU 1024 tokens for a teacher's own vocabulary)",
@@ -202,7 +200,7 @@ def make_parser() -> Parser:
         "--activation_checkpointing",
         help="run each block again in the backward pass instead of keeping what it computed "
         "(default: only where memory is too short without)",
-        **switch,
+        **SWITCH,
     )
     g.add_argument(
         "--samples_per_epoch",
@@ -212,11 +210,12 @@ def make_parser() -> Parser:
         + "{} x batch_size for bytes, {} x for others)".format(*BY_TEACHER["steps_per_epoch"]),
     )
 
-    g = parser.add_argument_group("training")
-    g.add_argument("--epochs", type=count, default=20, help="epochs (default 20)")
+
+def _training_flags(g: Group) -> None:
+    g.add_argument("--epochs", type=COUNT, default=20, help="epochs (default 20)")
     g.add_argument(
         "--lr",
-        type=positive,
+        type=POSITIVE,
         help="peak learning rate; hybrid: before the multiplier; prodigy: coefficient of its own "
         + _by_start("lr")
         + f"; hybrid, converting a teacher with a tokenizer: {CONVERSION_OF_TOKENS['lr']:g}",
@@ -230,7 +229,7 @@ def make_parser() -> Parser:
     g.add_argument(
         "--lr_schedule",
         choices=["linear", "cosine", "wsd", "constant"],
-        help="after 5 %% warm-up; wsd is flat and falls at the end; all but constant end at 0 "
+        help="after 5 %% warm-up; wsd is flat and falls at the end; all but constant fall towards 0 "
         + _by_start("lr_schedule")
         + "; hybrid, converting a teacher with a tokenizer: wsd, falling in half of the run",
     )
@@ -259,7 +258,7 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--max_grad_norm",
-        type=positive,
+        type=POSITIVE,
         metavar="G",
         help="cut gradients to this norm before the optimiser sees them (default: don't; the "
         "hybrid cuts those three times as long as usual anyway)",
@@ -284,7 +283,7 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--cache_teacher",
-        type=count,
+        type=COUNT,
         metavar="K",
         help="keep, of each token that the teacher has read, the K most likely next ones in a file "
         "beside the text's: it reads a window once, for this run and later ones",
@@ -292,35 +291,37 @@ def make_parser() -> Parser:
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     g.add_argument("--seed", type=number(int, 0, 2**31), default=0)
 
-    g = parser.add_argument_group("hybrid optimisation")
+
+def _hybrid_flags(g: Group) -> None:
     g.add_argument("--hybrid", action="store_true", help="use the hybrid optimiser")
     g.add_argument(
-        "--use_clustering", help="balance batches over clusters, cluster rates (true)", **switch
+        "--use_clustering", help="balance batches over clusters, cluster rates (true)", **SWITCH
     )
-    g.add_argument("--data_clusters", type=count, metavar="N", help="clusters of windows (8)")
-    g.add_argument("--param_clusters", type=count, metavar="N", help="clusters of tensors (4)")
+    g.add_argument("--data_clusters", type=COUNT, metavar="N", help="clusters of windows (8)")
+    g.add_argument("--param_clusters", type=COUNT, metavar="N", help="clusters of tensors (4)")
     g.add_argument(
         "--clustering_warmup_epochs",
         type=number(int, 0),
         metavar="N",
         help="epochs before data clusters act (0)",
     )
-    g.add_argument("--use_auxiliary_nn", help="predict multiplier and radius (true)", **switch)
+    g.add_argument("--use_auxiliary_nn", help="predict multiplier and radius (true)", **SWITCH)
     g.add_argument(
         "--use_matrix_geometry",
         help="whiten the steps of weight matrices " + _by_start("use_matrix_geometry"),
-        **switch,
+        **SWITCH,
     )
-    g.add_argument("--use_trust_region", help="bound every step (true)", **switch)
+    g.add_argument("--use_trust_region", help="bound every step (true)", **SWITCH)
     g.add_argument(
         "--initial_trust_radius",
         type=number(float, 0, 1, open_low=True),
         metavar="R",
         help="fraction of the weights' norm a step (0.01)",
     )
-    g.add_argument("--trust_radius_adaptation", help="let radii follow the steps (true)", **switch)
+    g.add_argument("--trust_radius_adaptation", help="let radii follow the steps (true)", **SWITCH)
 
-    g = parser.add_argument_group("output")
+
+def _output_flags(g: Group) -> None:
     g.add_argument("--output_dir", default="student", help="folder (default student/)")
     g.add_argument(
         "--resume",
@@ -339,7 +340,7 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--keep",
-        type=count,
+        type=COUNT,
         default=2,
         metavar="N",
         help="newest checkpoints that stay (default 2)",
@@ -360,12 +361,28 @@ def make_parser() -> Parser:
     )
     g.add_argument(
         "--eval_every",
-        type=count,
+        type=COUNT,
         default=1,
         metavar="N",
         help="epochs between validations (default 1)",
     )
-    add_flags(g, switch)
+    add_flags(g, SWITCH)
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        description="Distil a teacher language model into a ternary or 1-bit student.",
+        epilog="Flags may be written with dashes or underscores.",
+        allow_abbrev=False,
+    )
+    for title, add in (
+        ("what is trained", _student_flags),
+        ("text", _text_flags),
+        ("training", _training_flags),
+        ("hybrid optimisation", _hybrid_flags),
+        ("output", _output_flags),
+    ):
+        add(parser.add_argument_group(title))
     return parser
 
 
