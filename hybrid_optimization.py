@@ -477,7 +477,9 @@ class KMeansClustering:
             warnings.simplefilter("ignore")
             common = dict(max_iter=self.max_iter, n_init=1, random_state=self.seed)
             if len(X) > MANY_SAMPLES:  # Sculley, Web-scale k-means clustering, 2010
-                model = MiniBatchKMeans(k, batch_size=4096, **common).fit(X)
+                middle = X.mean(0)  # KMeans takes it away by itself
+                model = MiniBatchKMeans(k, batch_size=4096, **common).fit(X - middle)
+                model.cluster_centers_ += middle
             else:
                 model = KMeans(k, tol=self.tolerance, **common).fit(X)
         self.labels = model.labels_.astype(np.int64)
@@ -493,8 +495,9 @@ class KMeansClustering:
         X = _as_matrix(X)
         if X.shape[1] != self.centroids.shape[1]:
             raise ValueError(f"{X.shape[1]} features; fitted with {self.centroids.shape[1]}")
-        d = (X**2).sum(1)[:, None] - 2 * X @ self.centroids.T + (self.centroids**2).sum(1)
-        return np.argmin(d, axis=1)
+        middle = self.centroids.mean(0)  # squares of a large offset would leave no digits
+        X, centroids = X - middle, self.centroids - middle
+        return np.argmin((centroids**2).sum(1) - 2 * X @ centroids.T, axis=1)
 
     def get_cluster_info(self, X: Any) -> dict[int, dict[str, Any]]:
         """For each cluster: size, centroid, and mean and std of the rows of X that fall in it."""
@@ -513,10 +516,16 @@ class KMeansClustering:
         return info
 
 
-def _as_matrix(X: Any) -> np.ndarray:
+def _as_array(X: Any) -> np.ndarray:
+    """Tensors, also of types that numpy has not, and whatever numpy takes."""
     if isinstance(X, Tensor):
-        X = X.detach().cpu().numpy()
-    X = np.asarray(X, dtype=np.float64)
+        X = X.detach().cpu()
+        X = (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+    return np.asarray(X)
+
+
+def _as_matrix(X: Any) -> np.ndarray:
+    X = _as_array(X).astype(np.float64, copy=False)
     X = X.reshape(len(X), -1) if X.ndim != 2 and X.size else X
     if X.ndim != 2 or X.size == 0:
         raise ValueError(f"clustering needs samples x features, got shape {X.shape}")
@@ -2116,7 +2125,7 @@ class HybridOptimizationManager:
 
         Ids become hashed n-gram features (`text_features`); features are standardised.
         """
-        array = data.detach().cpu().numpy() if isinstance(data, Tensor) else np.asarray(data)
+        array = _as_array(data)
         if not len(array):
             raise ValueError("setup_data_clustering: no samples")
         if np.issubdtype(array.dtype, np.integer):

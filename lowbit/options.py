@@ -229,7 +229,7 @@ def _training_flags(g: Group) -> None:
     g.add_argument(
         "--lr_schedule",
         choices=["linear", "cosine", "wsd", "constant"],
-        help="after 5 %% warm-up; wsd is flat and falls at the end; all but constant fall towards 0 "
+        help="after 5 %% warm-up; wsd is flat and falls at the end; all but constant end near 0 "
         + _by_start("lr_schedule")
         + "; hybrid, converting a teacher with a tokenizer: wsd, falling in half of the run",
     )

@@ -126,6 +126,30 @@ def test_kmeans_refuses_empty_and_nan(X):
         KMeansClustering(2).fit(X)
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_features_with_a_large_offset(many, monkeypatch):
+    """Timestamps: squares of 1.7e9 leave no digits for what tells samples apart."""
+    if many:
+        monkeypatch.setattr("hybrid_optimization.MANY_SAMPLES", 100)
+    rng = np.random.default_rng(0)
+    near = rng.normal(size=(400, 3)) + 20 * rng.integers(0, 3, (400, 1))
+    far = near + np.array([1.7e9, 0, -4e8])
+    model = KMeansClustering(3).fit(far)
+    assert len(np.unique(model.labels)) == 3
+    assert np.array_equal(model.predict(far), model.labels)
+    same = KMeansClustering(3).fit(near).labels
+    pairs = set(zip(same.tolist(), model.labels.tolist(), strict=True))
+    assert len(pairs) == 3  # the same clusters under other numbers, or the same ones
+
+
+def test_features_in_bfloat16():
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model = KMeansClustering(3).fit(x)
+    assert np.array_equal(model.labels, KMeansClustering(3).fit(x.double().numpy()).labels)
+    manager = HybridOptimizationManager(HybridTrainingConfig(data_clusters=3))
+    assert len(manager.setup_data_clustering(x)) == 60
+
+
 def test_kmeans_spare_clusters_are_empty():
     model = KMeansClustering(8).fit(np.array([[0.0], [1.0], [1.0]]))
     assert model.centroids.shape == (8, 1)
