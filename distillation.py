@@ -47,7 +47,7 @@ from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import TransformersLM, hold_linears, save_folder
 from lowbit.options import parse_options
 from lowbit.picture import Scenery, plot_metrics
-from lowbit.quantization.layers import bits_of_blocks, latent
+from lowbit.quantization.layers import bits_of_blocks, fix_high_bits, latent
 from lowbit.report import (
     epoch_line,
     model_card,
@@ -168,6 +168,8 @@ def set_up(
         quantize(o, student, more)
         if calibrates:
             calibrate_student(o, student, original, corpus)
+        if o.freeze_high_bits:
+            fix_high_bits(student)
     world.hand_out([*student.parameters(), *student.buffers()])
     if isinstance(teacher, TransformersLM) and dtype:
         hold_linears(teacher, dtype)

@@ -121,6 +121,9 @@ def _student_flags(g: Group) -> None:
         help="a weight that has more (default 4, of --edge_blocks 8)",
     )
     g.add_argument(
+        "--freeze_high_bits", help="train none that has more (true from a teacher)", **SWITCH
+    )
+    g.add_argument(
         "--embedding_bits",
         type=int,
         choices=[8, 4],
@@ -339,11 +342,7 @@ def _output_flags(g: Group) -> None:
         "seldom as makes them cost 1 %% of the time)",
     )
     g.add_argument(
-        "--keep",
-        type=COUNT,
-        default=2,
-        metavar="N",
-        help="newest checkpoints that stay (default 2)",
+        "--keep", type=COUNT, default=2, metavar="N", help="newest checkpoints that stay (2)"
     )
     g.add_argument(
         "--save_metrics",

@@ -15,11 +15,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 import distillation
+from lowbit import UserError
 from lowbit.files.packed import read_packed
 from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.models.interface import LanguageModel
+from lowbit.models.teacher import load_teacher
 from lowbit.options import parse_options
-from lowbit.quantization.layers import block_layers, edge_layers
+from lowbit.quantization.layers import (
+    block_layers,
+    edge_layers,
+    from_codes,
+    nibble_codes,
+    ternary_codes,
+)
 from lowbit.quantization.precision import rounding_costs, with_more_bits
 from lowbit.training.preparation import settle_more_bits
 from tests.resuming import HYBRID, SMALL
@@ -142,6 +150,43 @@ def test_a_run_keeps_to_its_bits(tiny_teacher, text_file, tmp_path, capsys, word
     mean = float(np.dot(sizes, [bits[k] for k in kinds.values()]) / sizes.sum())
     assert mean == pytest.approx(float(said[4]), abs=0.006)
     assert mean <= 2.5
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_matrices_with_more_bits_stay_as_they_start(tiny_teacher, text_file, tmp_path, frozen):
+    """Unless a flag lets them be trained; the file has the codes of the teacher's weights."""
+    flags = [*HYBRID, "--teacher", str(tiny_teacher), "--data", str(text_file), *SMALL]
+    flags += ["--calibrate=false", "--target_bits", "2.5", "--output_dir", str(tmp_path)]
+    assert distillation.main([*flags, *([] if frozen else ["--freeze_high_bits=false"])]) == 0
+    original = load_teacher(str(tiny_teacher))[0].state_dict()
+    tensors = read_packed(next(tmp_path.glob("*.npz"))).tensors
+    same = {n: np.array_equal(t.weight(), from_codes(*nibble_codes(original[n])).numpy())
+            for n, t in tensors.items() if t.kind == "int4"}  # fmt: skip
+    assert same
+    assert set(same.values()) == {frozen}
+    assert all(
+        (t.values != ternary_codes(original[n])[0].numpy()).any()
+        for n, t in tensors.items()
+        if t.kind == "ternary"
+    )
+
+
+def test_frozen_matrices_need_a_start_worth_keeping():
+    teacher = SimpleNamespace(blocks=[nn.Sequential(nn.Linear(64, 8)) for _ in range(4)])
+
+    def settled(flags: str) -> bool:
+        o = parse_options(["--hybrid", *flags.split()])
+        o.student_init = o.student_init or "teacher"
+        settle_more_bits(o, teacher, "bpe", True)
+        return o.freeze_high_bits
+
+    assert settled("--ternary --qat")
+    assert not settled("--ternary")  # rounded when all is trained
+    assert not settled("--ternary --qat --student_init random")
+    assert not settled("--ternary --qat --freeze_high_bits=false")
+    for flags in ("--ternary", "--ternary --qat --student_init random"):
+        with pytest.raises(UserError, match="--freeze_high_bits needs --qat"):
+            settled(f"{flags} --freeze_high_bits")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ CASES = [  # three epochs of three steps; between them every pair of what change
     ("--ternary --qat --optimizer prodigy", 4),
     ("--hybrid --ternary --qat --cache_teacher 16 --temperature 2", 4),
     ("--hybrid --ternary --qat --target_bits 2.2", 5),
+    ("--hybrid --ternary --qat --target_bits 2.2 --freeze_high_bits=false", 5),
     ("--hybrid --ternary --qat --save_metrics", 9),  # trained, but no file is written
 ]
 #: Of a model that has layers and tokens of its own.

@@ -8,7 +8,7 @@ pass*, so that what is trained is what is stored.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -116,8 +116,9 @@ def _least_error(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return best[1], best[2]
 
 
+Codes = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 #: Of what is held in so many bits.
-HELD_CODES = {8: byte_codes, 4: nibble_codes}
+HELD_CODES: dict[int, Codes] = {8: byte_codes, 4: nibble_codes}
 #: Modes of a few layers that need more than a low bit.
 HELD_MODES = {f"int{bits}": codes_of for bits, codes_of in HELD_CODES.items()}
 
@@ -202,6 +203,7 @@ class QATLinear(nn.Linear):
         if mode in HELD_MODES and (scope != "row" or learnable_scale):
             raise ValueError(f"{mode} has scales of its own, in closed form")
         self.mode, self.scope, self.enabled, self.strength = mode, scope, True, 1.0
+        self.fixed = False  # the weight is rounded, and stays (see `fix_high_bits`)
         self.kept: dict[str, torch.Tensor] | None = None  # of `rounded_once`
         if learnable_scale:
             shape = (out_features, 1) if scope == "row" else (1, 1)
@@ -263,7 +265,7 @@ class QATLinear(nn.Linear):
     def _rounded(self) -> torch.Tensor:
         if self.kept and "weight" in self.kept:
             return self.kept["weight"]
-        quantized = from_codes(*self._closed_form())
+        quantized = self.weight if self.fixed else from_codes(*self._closed_form())
         if self.strength < 1:
             quantized = torch.lerp(self.weight, quantized, self.strength)
         if self.kept is not None:
@@ -356,10 +358,25 @@ def hold(layer: nn.Embedding | nn.Linear, bits: int) -> None:
     """Round a layer's weight to 8 bits, one scale a row, or to 4, one for 32 entries, and freeze
     it: of a large vocabulary a short run sees too little to train the embedding, and so rounding
     costs nothing a step."""
-    for rows in layer.weight.split(max(1, AT_ONCE // layer.weight.size(1))):
-        rows.copy_(from_codes(*HELD_CODES[bits](rows)))
-    layer.weight.requires_grad_(False)
+    _round(layer.weight, HELD_CODES[bits])
     layer.held_bits = bits  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def fix_high_bits(model: nn.Module) -> None:
+    """Round what `QATLinear` layers hold in 8 or 4 bits, and freeze it. They are the matrices whose
+    changes the loss feels most, and steps of the others' length only shake them."""
+    for _, layer in low_bit_layers(model):
+        if isinstance(layer, QATLinear) and layer.mode in HELD_MODES:
+            _round(layer.weight, HELD_MODES[layer.mode])
+            layer.fixed = True
+
+
+def _round(weight: torch.Tensor, codes_of: Codes) -> None:
+    """In place, some rows at a time, and frozen."""
+    for rows in weight.split(max(1, AT_ONCE // weight.size(1))):
+        rows.copy_(from_codes(*codes_of(rows)))
+    weight.requires_grad_(False)
 
 
 def low_bit_layers(model: nn.Module) -> Iterator[tuple[str, QATLinear | QATEmbedding]]:

@@ -117,6 +117,10 @@ def settle_more_bits(
             o.target_bits = TARGET_BITS[o.mode]
         elif blocks >= 4:  # of fewer the ends are most
             o.edge_blocks = [1, 1]
+    if o.freeze_high_bits is None:
+        o.freeze_high_bits = o.qat and o.student_init == "teacher"
+    elif o.freeze_high_bits and (not o.qat or o.student_init != "teacher"):
+        raise UserError("--freeze_high_bits needs --qat and --student_init teacher")
     o.edge_blocks = o.edge_blocks or [0, 0]
     o.high_bits = o.high_bits or (8 if o.target_bits is None else 4)
     if sum(o.edge_blocks) >= blocks:
@@ -271,6 +275,9 @@ def plan(
     blocks = weights(teacher.blocks)
     left = (o.student_layers or len(teacher.blocks)) / len(teacher.blocks)
     trained = int(weights(teacher) - weights(teacher.embedding) - (1 - left) * blocks)
+    if o.freeze_high_bits and o.target_bits is not None:
+        low = NOMINAL[o.mode]
+        trained -= int(left * blocks * max(0.0, o.target_bits - low) / (o.high_bits - low))
     # The teacher is in memory already. Processes on CPUs share theirs.
     sharers = world.beside if device.type == "cpu" else 1
     available = memory_available(device) / sharers + 4 * weights(teacher)

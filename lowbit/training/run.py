@@ -16,7 +16,7 @@ from lowbit import UserError, first_line
 from lowbit.console import Waiting
 from lowbit.events import tell
 from lowbit.files.saved_run import Saved
-from lowbit.quantization.layers import count_flips, snapshot_codes
+from lowbit.quantization.layers import count_flips, held_layers, snapshot_codes
 from lowbit.report import start_line
 from lowbit.text.sampler import StratifiedSampler
 from lowbit.text.typical import cluster_words
@@ -218,9 +218,10 @@ class Run:
 
     def writers(self) -> dict[str, Callable[[Any], Any]]:
         """What writes each of a checkpoint's files."""
-        student = self.s.student
-        frozen = {p.data_ptr() for p in student.parameters() if not p.requires_grad}
-        weights = {k: v for k, v in student.state_dict().items() if v.data_ptr() not in frozen}
+        student = self.s.student.state_dict()
+        # What `hold` made of the teacher's embedding it will make again.
+        held = {student[f"{name}.weight"].data_ptr() for name, _ in held_layers(self.s.student)}
+        weights = {k: v for k, v in student.items() if v.data_ptr() not in held}
         state = {
             "t": self.t,
             "optimizer": self.optimizer.state_dict(),
