@@ -184,6 +184,7 @@ def test_frozen_matrices_need_a_start_worth_keeping():
     assert not settled("--ternary")  # rounded when all is trained
     assert not settled("--ternary --qat --student_init random")
     assert not settled("--ternary --qat --freeze_high_bits=false")
+    assert not settled("--ternary --qat --target_bits 4")  # all would be frozen
     for flags in ("--ternary", "--ternary --qat --student_init random"):
         with pytest.raises(UserError, match="--freeze_high_bits needs --qat"):
             settled(f"{flags} --freeze_high_bits")

@@ -108,7 +108,7 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
 def settle_more_bits(
     o: argparse.Namespace, teacher: LanguageModel, vocabulary: str, converts: bool
 ) -> None:
-    """Fill in --target_bits or --edge_blocks, and --high_bits; vocabulary: "bytes" or another."""
+    """Fill in --target_bits or --edge_blocks, --high_bits and --freeze_high_bits; vocabulary: "bytes" or another."""
     widths = [m.in_features for m in block_layers(teacher).values()]
     blocks = o.student_layers or len(teacher.blocks)
     fits = o.high_bits == 8 or any(w % BLOCK == 0 for w in widths)
@@ -117,12 +117,13 @@ def settle_more_bits(
             o.target_bits = TARGET_BITS[o.mode]
         elif blocks >= 4:  # of fewer the ends are most
             o.edge_blocks = [1, 1]
-    if o.freeze_high_bits is None:
-        o.freeze_high_bits = o.qat and o.student_init == "teacher"
-    elif o.freeze_high_bits and (not o.qat or o.student_init != "teacher"):
-        raise UserError("--freeze_high_bits needs --qat and --student_init teacher")
     o.edge_blocks = o.edge_blocks or [0, 0]
     o.high_bits = o.high_bits or (8 if o.target_bits is None else 4)
+    trains = o.qat and o.student_init == "teacher"
+    if o.freeze_high_bits is None:  # not where nothing else is left to train
+        o.freeze_high_bits = trains and (o.target_bits is None or o.target_bits < o.high_bits)
+    elif o.freeze_high_bits and not trains:
+        raise UserError("--freeze_high_bits needs --qat and --student_init teacher")
     if sum(o.edge_blocks) >= blocks:
         first, last = o.edge_blocks
         raise UserError(f"--edge_blocks {first} {last}: of {blocks} blocks none would be left")
