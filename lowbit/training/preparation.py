@@ -108,7 +108,8 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
 def settle_more_bits(
     o: argparse.Namespace, teacher: LanguageModel, vocabulary: str, converts: bool
 ) -> None:
-    """Fill in --target_bits or --edge_blocks, --high_bits and --freeze_high_bits; vocabulary: "bytes" or another."""
+    """Fill in --target_bits or --edge_blocks, --high_bits, and whether these are frozen;
+    vocabulary: "bytes" or another."""
     widths = [m.in_features for m in block_layers(teacher).values()]
     blocks = o.student_layers or len(teacher.blocks)
     fits = o.high_bits == 8 or any(w % BLOCK == 0 for w in widths)
