@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -52,7 +53,9 @@ def main() -> None:
         good = [n == "trained" or n.startswith("student") for n in names]
         colours = [INK if o else STRONG if g else PALE for o, g in zip(original, good, strict=True)]
         drawn = ax.barh(names, values, color=colours, height=0.62)
-        ax.bar_label(drawn, [f"{v:.{digits}f}" for v in values], padding=3, color=INK)
+        unit = 10**digits
+        shown = [math.ceil(v * unit) / unit if "Loss" in title else v for v in values]
+        ax.bar_label(drawn, [f"{v:.{digits}f}" for v in shown], padding=3, color=INK)
         ax.set_ylim(-0.6, 3.6)
         ax.set_xlim(0, 1.18 * max(values))
         ax.set_title(title, loc="left", fontsize=11, color=INK)
