@@ -312,7 +312,7 @@ def save(
     files = {kind: str(path) for kind, path in paths.items()}
     tell(say, "files", [f"Wrote {path}" for path in paths.values()], files=files, talk=talk)
     if chats and "self" not in o.data and not s.corpus.has_chats:
-        say("It was trained on no chats; to talk to a student, train it on chats or --data self")
+        say("It was trained on no chats; to talk to a student, add chats, or self, to --data")
     say(f"Talk to it: {talk}")
     return problem
 

@@ -198,7 +198,7 @@ def test_the_whole_run(folders, text_file, tmp_path, capsys):
     assert distillation.main([*words.split(), "--teacher", str(folders["llama"])]) == 0
     printed = capsys.readouterr().out
     assert "Validation loss, nats a token" in printed
-    assert "\nIt was trained on no chats; to talk to a student, train it on chats or" in printed
+    assert "\nIt was trained on no chats; to talk to a student, add chats" in printed
     assert re.search(r"^About \d+\.\d GiB of memory and \d+ minutes", printed, re.M)
     start, end = re.search(r"student: (\S+) before training, (\S+) after", printed).groups()
     assert float(end) <= float(start)
