@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # what is imported next may take seconds, from a cold disk many
@@ -30,14 +29,14 @@ if __name__ == "__main__":  # what is imported next may take seconds, from a col
 import torch
 
 from lowbit import NotFinite, RunFailed, UserError
-from lowbit.console import Waiting, hushed, progress_bar, sayable
+from lowbit.console import Waiting, hushed, progress_bar
 from lowbit.events import Reporter, tell
 from lowbit.export import export
 from lowbit.extras import require
-from lowbit.files.atomic import atomic_write, prepare_folder
+from lowbit.files.atomic import prepare_folder
 from lowbit.files.checkpoint import save_float32
 from lowbit.files.gguf_file import check_exportable
-from lowbit.files.packed import SizeReport, load_packed, save_packed
+from lowbit.files.packed import load_packed, save_packed
 from lowbit.files.saved_run import Checkpoints, Saved, locked
 from lowbit.generate import generate
 from lowbit.logs import LogOf, new_id, require_logs
@@ -50,7 +49,6 @@ from lowbit.picture import Scenery, plot_metrics
 from lowbit.quantization.layers import bits_of_blocks, fix_high_bits, latent
 from lowbit.report import (
     epoch_line,
-    model_card,
     summary_lines,
     talk_command,
     worse_line,
@@ -74,6 +72,7 @@ from lowbit.training.preparation import (
     quantize,
     settle,
 )
+from lowbit.training.results import tell_results, write_card
 from lowbit.training.resume import (
     MAX_CONSECUTIVE_SKIPS,
     Finished,
@@ -85,7 +84,7 @@ from lowbit.training.resume import (
 )
 from lowbit.training.run import Run
 from lowbit.training.step import Setup
-from lowbit.training.validation import Reference, Validation
+from lowbit.training.validation import Reference
 
 SAMPLE_PROMPT = {"byte": "Return the ", "token": "Return the"}
 SAMPLE_TOKENS = {"byte": 200, "token": 60}
@@ -327,75 +326,6 @@ def round_at_end(s: Setup, say: Callable[[str], None]) -> None:
     quantize(o, s.student, more)
     if o.calibrate:
         calibrate_student(o, s.student, unrounded, s.corpus)
-
-
-def measured_on(s: Setup, reference: Reference) -> str:
-    return f"{len(reference.windows)} windows of {s.options.seq_len} held-out {s.tokenizer.unit}s"
-
-
-def write_card(s: Setup, folder: Path, quantized: Validation, reference: Reference) -> None:
-    """The model card of a folder for transformers."""
-    o = s.options
-    losses = {
-        "teacher": f"{reference.teacher_loss:.4f}",
-        "student": f"{quantized.loss:.4f} +- {quantized.error:.4f}",
-        "KL to the teacher": f"{quantized.kl:.4f}",
-    }
-    card = model_card(
-        Path(o.teacher).name, o.mode, s.max_steps, s.corpus.fingerprint, losses,
-        measured_on(s, reference),
-    )  # fmt: skip
-    atomic_write(folder / "README.md", lambda f: f.write(sayable(card).encode()))
-
-
-def tell_results(
-    s: Setup,
-    full: Validation,
-    quantized: Validation,
-    reference: Reference,
-    size: SizeReport,
-    say: Callable[[str], None],
-) -> None:
-    """Losses and bytes of the finished student; full: its unrounded weights'."""
-    o, teacher = s.options, reference.teacher_loss
-
-    def share(x: Validation) -> str:
-        return f"{100 * (x.loss / teacher - 1):+.1f}% against the teacher"
-
-    tell(
-        say,
-        "summary",
-        [
-            f"Validation loss, nats a {s.tokenizer.unit} ({measured_on(s, reference)}):",
-            f"  teacher              {teacher:.4f}",
-            f"  student, quantized   {quantized.loss:.4f} +- {quantized.error:.4f} "
-            f"({share(quantized)}; KL to the teacher {quantized.kl:.4f})",
-            f"  student, latent fp32 {full.loss:.4f} ({share(full)})",
-        ],
-        teacher_loss=teacher,
-        student_loss=quantized.loss,
-        student_error=quantized.error,
-        student_kl=quantized.kl,
-        latent_loss=full.loss,
-        windows=len(reference.windows),
-        packed_bytes=size.file_bytes,
-        float32_bytes=size.float32_bytes,
-        linear_bits=size.linear_bits,
-        fingerprint=s.corpus.fingerprint,
-    )
-    say(
-        f"Size: {size.file_bytes:,} bytes packed, {size.float32_bytes:,} in float32: "
-        f"{size.ratio:.1f}x smaller; {size.linear_bits:.3f} bits a "
-        f"{'ternary' if o.ternary else '1-bit'} weight, scales included; the embedding is held in "
-        f"{o.embedding_bits} bits"
-    )
-    if isinstance(s.student, TransformersLM):
-        parts = [f"{k} {n:,} weights, {b:,} bytes" for k, (n, b) in size.parts.items()]
-        held = f"embedding and head in {o.embedding_bits} bits"
-        if o.target_bits is None:
-            first, last = o.edge_blocks
-            held += f", the first {first} and the last {last} blocks in {o.high_bits}"
-        say(f"Stored as: {'; '.join(parts)}; {held}")
 
 
 def run(
