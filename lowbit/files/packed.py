@@ -68,7 +68,7 @@ _TRITS = (np.arange(243)[:, None] // _POWERS % 3 - 1).astype(np.int8)  # (243, 5
 
 def pack_ternary(codes: np.ndarray) -> np.ndarray:
     """Codes in {-1, 0, 1}, any shape -> uint8 (ceil(n / 5),); the last byte is padded with 0.
-    ValueError for other codes, as by all that pack."""
+    ValueError for other codes; the other functions that pack raise it, too."""
     flat = np.asarray(codes).ravel()
     if not np.isin(flat, (-1, 0, 1)).all():
         raise ValueError("ternary codes are -1, 0 and 1")

@@ -25,7 +25,7 @@ from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, end_ids, opened
 
 BATCH = 32  # documents at a time
 LENGTH = 512  # tokens of a document, at most
-DROP_AT = 0.75  # of the documents in memory that are not finished, the others are dropped
+DROP_AT = 0.75  # finished documents are dropped when no larger share of a batch goes on
 MARK = "\u241edocument\u241e"  # stands in a template where the user speaks
 
 
@@ -78,10 +78,10 @@ def write_batch(
         found = model.features(feed.to(device), cache, keep=True)
         cache = found.cache
         # One number a document and token, so that what is drawn does not depend on who is left.
-        at = torch.rand(BATCH, 1, generator=generator, dtype=torch.float64)[rows]
-        sums = model.head(found.final[:, -1]).float().softmax(-1).double().cumsum(-1).cpu()
+        at = torch.rand(BATCH, 1, generator=generator, dtype=torch.float64)[rows].to(device)
+        sums = model.head(found.final[:, -1]).float().softmax(-1).double().cumsum(-1)
         drawn = torch.searchsorted(sums, at * sums[:, -1:], right=True)
-        feed = drawn.clamp_(max=model.vocab_size - 1)
+        feed = drawn.clamp_(max=model.vocab_size - 1).cpu()
         for place, i in enumerate(rows):
             if not turns[i]:
                 continue
