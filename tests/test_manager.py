@@ -67,7 +67,7 @@ def test_flat_gradients_equal_own_gradients():
 
 
 def test_a_manager_counts_for_who_does_not():
-    """Steps, skipped ones and pieces of advice, also after it was saved and loaded."""
+    """Steps and skipped ones, also after it was saved and loaded."""
     x, y = digits()
     config = HybridTrainingConfig(max_steps=40, base_learning_rate=6e-3)
     told, counts = make_net(), make_net()
@@ -78,12 +78,9 @@ def test_a_manager_counts_for_who_does_not():
             saved = copy.deepcopy(two.state_dict())
             two = HybridOptimizationManager(config)
             two.load_state_dict(saved, counts)
-        loss = float("nan") if step == 7 else None
-        first = one.optimization_step(told, backward(told, x, y) if loss is None else loss, None,
-                                      step=step)  # fmt: skip
-        second = two.optimization_step(
-            counts, backward(counts, x, y) if loss is None else loss, None
-        )
+        losses = [float("nan") if step == 7 else backward(m, x, y) for m in (told, counts)]
+        first = one.optimization_step(told, losses[0], None, step=step)
+        second = two.optimization_step(counts, losses[1], None)
         assert first["learning_rate"] == second["learning_rate"]
         rates.append(second["learning_rate"])
     assert all(

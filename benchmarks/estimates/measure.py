@@ -32,27 +32,22 @@ SHAPES = {
 }
 
 
-def configuration(
-    kind: dict, width: int, inner: int, layers: int, heads: int, keys: int, vocabulary: int,
-    tied: bool,
-) -> dict:  # fmt: skip
-    return {
-        **kind,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": keys,
-        "vocab_size": vocabulary,
-        "tie_word_embeddings": tied,
-    }
-
-
 def main() -> None:
     table = []
-    for name, shape in SHAPES.items():
+    for name, (kind, width, inner, layers, heads, keys, vocabulary, tied) in SHAPES.items():
         with torch.device("meta"):
-            model = from_config(configuration(*shape))
+            model = from_config(
+                {
+                    **kind,
+                    "hidden_size": width,
+                    "intermediate_size": inner,
+                    "num_hidden_layers": layers,
+                    "num_attention_heads": heads,
+                    "num_key_value_heads": keys,
+                    "vocab_size": vocabulary,
+                    "tie_word_embeddings": tied,
+                }
+            )
         trained = weights(model) - weights(model.embedding)
         gib = {
             recomputes: memory_needed(model, PASS, trained=trained, recomputes=recomputes, held=2)

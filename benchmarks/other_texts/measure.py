@@ -8,7 +8,6 @@ student to runs.jsonl beside this file and rewrites summary.json. Needs the extr
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 from pathlib import Path
@@ -39,8 +38,7 @@ def main() -> None:
     device = torch.device("cpu")
     teacher, tokenizer = load_teacher("smollm2")[:2]
     dtype = choose_dtype(device, teacher)
-    writer = copy.deepcopy(teacher).to(dtype) if dtype else teacher
-    chats = written_by(writer, tokenizer, CHAT_TOKENS, seed=CHAT_SEED)
+    chats = written_by(teacher, tokenizer, CHAT_TOKENS, seed=CHAT_SEED, dtype=dtype)
 
     def spread(path: str) -> np.ndarray:
         corpus = load_corpus([path], LENGTH, tokenizer)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from studies.bench import RunLog, machine, mean_interval  # noqa: E402
 from studies.commands import measured  # noqa: E402
 
-COMMAND = "distillation.py{} --qat --teacher {} --save_metrics"
+COMMAND = "distillation.py --ternary --qat --teacher {} --save_metrics"
 
 
 def number(pattern: str, text: str) -> float:
@@ -69,13 +69,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--folder", type=Path, default=HERE)
-    parser.add_argument("--one_bit", action="store_true", help="a student of 1 bit, not ternary")
     o, flags = parser.parse_known_args()
     o.folder.mkdir(exist_ok=True)
     log = RunLog(o.folder / "runs.jsonl")
     for seed in o.seeds:
-        command = COMMAND.format("" if o.one_bit else " --ternary", o.teacher)
-        run = measured([*command.split(), *flags, "--seed", str(seed)])
+        run = measured([*COMMAND.format(o.teacher).split(), *flags, "--seed", str(seed)])
         log.append(run)
         print(f"{run['command']}: {run['seconds']:.0f} s, exit {run['exit']}", flush=True)
         (o.folder / "summary.json").write_text(json.dumps(summarise(log), indent=1) + "\n")

@@ -65,13 +65,19 @@ def rounding_costs(
     return {n: c / (2 * tokens) for n, c in costs.items()}
 
 
+def share_of_high(low: float, high: float, target: float) -> float:
+    """Share of the weights that may have ``high`` bits, the others ``low``, for a mean of
+    ``target``; below 0 where all with ``low`` are too many."""
+    return (target - low) / (high - low)
+
+
 def with_more_bits(
     costs: Mapping[str, float], sizes: Mapping[str, int], low: float, high: float, target: float
 ) -> set[str]:
     """Names of the matrices that get ``high`` bits a weight where others get ``low``, so that the
     mean over all weights is at most ``target``: in falling order of cost a weight, those that still
     fit."""
-    room = (target - low) / (high - low) * sum(sizes.values())
+    room = share_of_high(low, high, target) * sum(sizes.values())
     chosen: set[str] = set()
     for name in sorted(costs, key=lambda n: costs[n] / sizes[n], reverse=True):
         if sizes[name] <= room:

@@ -9,6 +9,7 @@ are lines of a .jsonl file, appended batch by batch: an interrupted run goes on 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -46,11 +47,11 @@ def chat_turns(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     return opened(tokenizer, before), then[marks[0] + 1 :]
 
 
-def cached_path(model: LanguageModel, seed: int) -> Path:
-    """Where the text of this model and seed is kept."""
-    weight = model.embedding.weight.detach().float().cpu()
+def cached_path(model: LanguageModel, seed: int, dtype: torch.dtype | None = None) -> Path:
+    """Where the text of this model, in this dtype, and seed is kept."""
+    weight = model.embedding.weight.detach()[:64].to(dtype or torch.float32).float().cpu()
     key = json.dumps([model.describe(), seed, BATCH, LENGTH], sort_keys=True, default=str)
-    digest = hashlib.sha256(key.encode() + weight[:64].numpy().tobytes()).hexdigest()[:16]
+    digest = hashlib.sha256(key.encode() + weight.numpy().tobytes()).hexdigest()[:16]
     return cache_folder() / f"self-{digest}.jsonl"
 
 
@@ -114,11 +115,13 @@ def written_by(
     tokens: int,
     seed: int,
     progress: Callable[[int], Any] = lambda n: None,
+    dtype: torch.dtype | None = None,
 ) -> Path:
     """A file with at least so many tokens that the model wrote; what is there is not written
     again. progress is told how many tokens came with each batch. Where it cannot be kept it is in
-    a folder that goes with this process."""
-    path = cached_path(model, seed)
+    a folder that goes with this process. dtype: that a copy of the model writes in, with keys and
+    values in it, too, and no weights cast at every token; None: the model as it is."""
+    path = cached_path(model, seed, dtype)
     try:
         prepare_folder(path.parent)
     except UserError:  # a cache that can't be written only costs time
@@ -127,9 +130,10 @@ def written_by(
         sizes = finished_batches(path)
         for size in sizes:
             progress(size)
+        writer = copy.deepcopy(model).to(dtype) if dtype and sum(sizes) < tokens else model
         while sum(sizes) < tokens:
             generator = torch.Generator().manual_seed(1_000_003 * seed + len(sizes))
-            texts, size = write_batch(model, tokenizer, generator)
+            texts, size = write_batch(writer, tokenizer, generator)
             lines = [{"text": text, "batch": len(sizes), "tokens": size} for text in texts]
             with path.open("a", encoding="utf-8") as f:
                 f.write("".join(json.dumps(x) + "\n" for x in lines))

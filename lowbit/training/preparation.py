@@ -4,7 +4,6 @@ teacher, the rounded student, the files to be written, and what the run will tak
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -33,7 +32,7 @@ from lowbit.quantization.layers import (
     sign_codes,
     ternary_codes,
 )
-from lowbit.quantization.precision import rounding_costs, with_more_bits
+from lowbit.quantization.precision import rounding_costs, share_of_high, with_more_bits
 from lowbit.text.corpus import Corpus
 from lowbit.text.self_written import written_by
 from lowbit.text.tokenizers import Tokenizer
@@ -242,11 +241,10 @@ def own_text(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer
     device = teacher.embedding.weight.device
     dtype = choose_dtype(device, teacher)
     large = isinstance(teacher, TransformersLM)
-    # Keys and values in half the bytes, and no weights cast at every token.
-    writer = copy.deepcopy(teacher).to(dtype) if large and dtype else teacher
     bar = progress_bar(total=o.self_tokens, desc="The teacher writes", unit="token")
     with bar, autocast(device, None if large else dtype):
-        return str(written_by(writer, tokenizer, o.self_tokens, o.seed, bar.update))
+        own = dtype if large else None
+        return str(written_by(teacher, tokenizer, o.self_tokens, o.seed, bar.update, own))
 
 
 def cache_of(
@@ -278,8 +276,8 @@ def plan(
     left = (o.student_layers or len(teacher.blocks)) / len(teacher.blocks)
     trained = int(weights(teacher) - weights(teacher.embedding) - (1 - left) * blocks)
     if o.freeze_high_bits and o.target_bits is not None:
-        low = NOMINAL[o.mode]
-        trained -= int(left * blocks * max(0.0, o.target_bits - low) / (o.high_bits - low))
+        share = share_of_high(NOMINAL[o.mode], o.high_bits, o.target_bits)
+        trained -= int(left * blocks * share)
     # The teacher is in memory already. Processes on CPUs share theirs.
     sharers = world.beside if device.type == "cpu" else 1
     available = memory_available(device) / sharers + 4 * weights(teacher)

@@ -16,6 +16,7 @@ from lowbit.training.validation import Reference, Validation
 
 
 def measured_on(s: Setup, reference: Reference) -> str:
+    """On what the losses were measured, in words."""
     return f"{len(reference.windows)} windows of {s.options.seq_len} held-out {s.tokenizer.unit}s"
 
 
