@@ -20,9 +20,7 @@ from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import build_transformers, clone, from_config
-from lowbit.quantization.layers import (
-    quantize_model,
-)
+from lowbit.quantization.layers import quantize_model
 from lowbit.text.corpus import load_corpus
 from lowbit.text.self_written import chat_turns, written_by
 from lowbit.text.tokenizers import ByteTokenizer, TeacherTokenizer, opened, tokenizer_from
