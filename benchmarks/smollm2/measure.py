@@ -1,4 +1,4 @@
-"""Conversions of SmolLM2: python benchmarks/smollm2/measure.py [--seeds 1] [flags of distillation]
+"""Conversions of SmolLM2: python benchmarks/smollm2/measure.py [--seeds 1] [--one_bit] [FLAGS]
 
 Each run is a fresh process. Appends one JSON line a run to runs.jsonl beside this file, or in
 --folder, and rewrites summary.json there, in which runs of one command differ in their seeds only.
@@ -19,7 +19,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from studies.bench import RunLog, machine, mean_interval  # noqa: E402
 from studies.commands import measured  # noqa: E402
 
-COMMAND = "distillation.py --ternary --qat --teacher {} --save_metrics"
+COMMAND = "distillation.py {}--qat --teacher {} --save_metrics"
 
 
 def number(pattern: str, text: str) -> float:
@@ -68,12 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--teacher", default="smollm2")
+    parser.add_argument("--one_bit", action="store_true", help="weights of 1 bit, not ternary")
     parser.add_argument("--folder", type=Path, default=HERE)
     o, flags = parser.parse_known_args()
     o.folder.mkdir(exist_ok=True)
     log = RunLog(o.folder / "runs.jsonl")
     for seed in o.seeds:
-        run = measured([*COMMAND.format(o.teacher).split(), *flags, "--seed", str(seed)])
+        command = COMMAND.format("" if o.one_bit else "--ternary ", o.teacher)
+        run = measured([*command.split(), *flags, "--seed", str(seed)])
         log.append(run)
         print(f"{run['command']}: {run['seconds']:.0f} s, exit {run['exit']}", flush=True)
         (o.folder / "summary.json").write_text(json.dumps(summarise(log), indent=1) + "\n")
