@@ -1,4 +1,4 @@
-"""Small tasks of many kinds: on eight parts of the optimiser were chosen, on two nothing was.
+"""Small tasks of many kinds: on some parts of the optimiser were chosen, on two nothing was.
 
 Each task gives a model, a function that draws a batch and returns its loss, a function that
 returns the held-out loss, and the number of steps. Data come with scikit-learn and Python. A task
@@ -7,12 +7,15 @@ is made by its seed: the model's weights and the order of batches; the split is 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +23,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from hybrid_optimization import HybridOptimizer, schedule_factor
+from lowbit.models.decoder import CausalLM, ModelConfig
+from lowbit.models.interface import LanguageModel, Output, linear_layers
+from lowbit.models.teacher import load_teacher
 from lowbit.options import WARMUP_FRACTION
+from lowbit.quantization.layers import quantize_model
 
 SPLIT_SEED = 7
 HELD_OUT = 0.2
@@ -34,6 +41,7 @@ class Problem:
     steps: int
     inputs: Sequence[torch.Tensor]  # of all that is trained on, in batches
     batch: int  # samples a step; may be set
+    pretrained: bool = False  # the weights are changed, not made
 
 
 def problem(
@@ -41,7 +49,7 @@ def problem(
     model: nn.Module,
     x: torch.Tensor,
     y: torch.Tensor,
-    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    loss: Callable[[Any, torch.Tensor], torch.Tensor],
     batch: int,
     steps: int,
 ) -> Problem:
@@ -263,6 +271,96 @@ def ratings(seed: int) -> Problem:
     return problem(seed, Factors(300, 200), torch.from_numpy(pairs), targets, F.mse_loss, 128, 600)
 
 
+@cache
+def pretrained_model() -> LanguageModel:
+    """The embedded teacher: two million weights, which read bytes of documentation."""
+    return load_teacher("embedded")[0]
+
+
+def own_copy() -> LanguageModel:
+    return copy.deepcopy(pretrained_model()).requires_grad_(True)
+
+
+@cache
+def code_windows() -> torch.Tensor:
+    """Bytes of scikit-learn's sources, which that model never read."""
+    import sklearn
+
+    files = sorted(Path(sklearn.__file__).parent.glob("*/_*.py"))[:30]
+    return byte_windows(b"".join(f.read_bytes() for f in files))
+
+
+@cache
+def documentation_windows() -> torch.Tensor:
+    """Bytes of Python's own reference."""
+    from pydoc_data.topics import topics
+
+    return byte_windows("".join(topics.values()).encode())
+
+
+def byte_windows(text: bytes) -> torch.Tensor:
+    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
+    return ids[: len(ids) // 65 * 65].view(-1, 65)
+
+
+def next_byte(
+    seed: int, model: nn.Module, windows: torch.Tensor, batch: int, steps: int, pretrained: bool
+) -> Problem:
+    def loss(output: Output, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+
+    # More windows would only make the held-out loss take longer: no run sees all of them.
+    x, y = windows[:2500, :-1], windows[:2500, 1:]
+    found = problem(seed, model, x, y, loss, batch, steps)
+    found.pretrained = pretrained
+    return found
+
+
+class LowRank(nn.Module):
+    """A frozen layer and what is added to its weight: two factors (LoRA, arXiv 2106.09685)."""
+
+    def __init__(self, layer: nn.Linear, rank: int = 8) -> None:
+        super().__init__()
+        self.layer = layer
+        self.a = nn.Parameter(torch.empty(rank, layer.in_features))
+        self.b = nn.Parameter(torch.zeros(layer.out_features, rank))
+        nn.init.kaiming_uniform_(self.a, math.sqrt(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + 2 * F.linear(F.linear(x, self.a), self.b)
+
+
+def fine_tuning(seed: int) -> Problem:
+    return next_byte(seed, own_copy(), code_windows(), 8, 100, True)
+
+
+def with_adapters(model: LanguageModel) -> LanguageModel:
+    """The model, frozen, with an adapter at every linear layer of its blocks."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name, layer in linear_layers(block).items():
+            block.set_submodule(name, LowRank(layer))
+    return model
+
+
+def low_rank(seed: int) -> Problem:
+    """Adapters are made, not changed."""
+    return next_byte(seed, with_adapters(own_copy()), code_windows(), 8, 100, False)
+
+
+def ternary_gpt(seed: int) -> Problem:
+    config = ModelConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=192)
+    model = quantize_model(CausalLM(config).initialise(seed), "ternary")
+    return next_byte(seed, model, documentation_windows(), 16, 400, False)
+
+
+def conversion(seed: int) -> Problem:
+    """Of the embedded teacher, rounded to nearest, to ternary weights."""
+    return next_byte(
+        seed, quantize_model(own_copy(), "ternary"), documentation_windows(), 8, 100, True
+    )
+
+
 TASKS: dict[str, Callable[[int], Problem]] = {
     "digits, MLP": digits_mlp,
     "digits, CNN": digits_cnn,
@@ -274,6 +372,10 @@ TASKS: dict[str, Callable[[int], Problem]] = {
     "characters, GPT": character_gpt,
     "diagnoses, residual MLP": diagnoses,
     "ratings, matrix factors": ratings,
+    "code, a language model fine-tuned": fine_tuning,
+    "code, low-rank adapters": low_rank,
+    "documentation, ternary GPT": ternary_gpt,
+    "documentation, conversion to ternary": conversion,
 }
 #: On which nothing was tried before they were run for the record.
 UNSEEN = ("diagnoses, residual MLP", "ratings, matrix factors")
