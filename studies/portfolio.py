@@ -23,11 +23,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from hybrid_optimization import HybridOptimizer, schedule_factor
-from lowbit.models.decoder import CausalLM, ModelConfig
 from lowbit.models.interface import LanguageModel, Output, linear_layers
 from lowbit.models.teacher import load_teacher
 from lowbit.options import WARMUP_FRACTION
-from lowbit.quantization.layers import quantize_model
 
 SPLIT_SEED = 7
 HELD_OUT = 0.2
@@ -41,7 +39,6 @@ class Problem:
     steps: int
     inputs: Sequence[torch.Tensor]  # of all that is trained on, in batches
     batch: int  # samples a step; may be set
-    pretrained: bool = False  # the weights are changed, not made
 
 
 def problem(
@@ -283,37 +280,20 @@ def own_copy() -> LanguageModel:
 
 @cache
 def code_windows() -> torch.Tensor:
-    """Bytes of scikit-learn's sources, which that model never read."""
+    """Bytes of scikit-learn's sources, which that model never read. No run sees all of them."""
     import sklearn
 
     files = sorted(Path(sklearn.__file__).parent.glob("*/_*.py"))[:30]
-    return byte_windows(b"".join(f.read_bytes() for f in files))
+    text = bytearray(b"".join(f.read_bytes() for f in files)[: 2500 * 65])
+    return torch.frombuffer(text, dtype=torch.uint8).long().view(-1, 65)
 
 
-@cache
-def documentation_windows() -> torch.Tensor:
-    """Bytes of Python's own reference."""
-    from pydoc_data.topics import topics
-
-    return byte_windows("".join(topics.values()).encode())
-
-
-def byte_windows(text: bytes) -> torch.Tensor:
-    ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
-    return ids[: len(ids) // 65 * 65].view(-1, 65)
-
-
-def next_byte(
-    seed: int, model: nn.Module, windows: torch.Tensor, batch: int, steps: int, pretrained: bool
-) -> Problem:
+def next_byte(seed: int, model: nn.Module) -> Problem:
     def loss(output: Output, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
 
-    # More windows would only make the held-out loss take longer: no run sees all of them.
-    x, y = windows[:2500, :-1], windows[:2500, 1:]
-    found = problem(seed, model, x, y, loss, batch, steps)
-    found.pretrained = pretrained
-    return found
+    windows = code_windows()
+    return problem(seed, model, windows[:, :-1], windows[:, 1:], loss, 8, 100)
 
 
 class LowRank(nn.Module):
@@ -331,7 +311,7 @@ class LowRank(nn.Module):
 
 
 def fine_tuning(seed: int) -> Problem:
-    return next_byte(seed, own_copy(), code_windows(), 8, 100, True)
+    return next_byte(seed, own_copy())
 
 
 def with_adapters(model: LanguageModel) -> LanguageModel:
@@ -345,20 +325,7 @@ def with_adapters(model: LanguageModel) -> LanguageModel:
 
 def low_rank(seed: int) -> Problem:
     """Adapters are made, not changed."""
-    return next_byte(seed, with_adapters(own_copy()), code_windows(), 8, 100, False)
-
-
-def ternary_gpt(seed: int) -> Problem:
-    config = ModelConfig(hidden_size=64, num_hidden_layers=2, intermediate_size=192)
-    model = quantize_model(CausalLM(config).initialise(seed), "ternary")
-    return next_byte(seed, model, documentation_windows(), 16, 400, False)
-
-
-def conversion(seed: int) -> Problem:
-    """Of the embedded teacher, rounded to nearest, to ternary weights."""
-    return next_byte(
-        seed, quantize_model(own_copy(), "ternary"), documentation_windows(), 8, 100, True
-    )
+    return next_byte(seed, with_adapters(own_copy()))
 
 
 TASKS: dict[str, Callable[[int], Problem]] = {
@@ -372,13 +339,14 @@ TASKS: dict[str, Callable[[int], Problem]] = {
     "characters, GPT": character_gpt,
     "diagnoses, residual MLP": diagnoses,
     "ratings, matrix factors": ratings,
-    "code, a language model fine-tuned": fine_tuning,
-    "code, low-rank adapters": low_rank,
-    "documentation, ternary GPT": ternary_gpt,
-    "documentation, conversion to ternary": conversion,
 }
 #: On which nothing was tried before they were run for the record.
 UNSEEN = ("diagnoses, residual MLP", "ratings, matrix factors")
+#: Of a model that was trained before, on other text.
+FINE_TUNING: dict[str, Callable[[int], Problem]] = {
+    "all weights": fine_tuning,
+    "low-rank adapters": low_rank,
+}
 
 
 def run(
@@ -393,7 +361,7 @@ def run(
     infinite where it is not a number. linear: the rates rise over a twentieth of the run and fall
     to 0; False where optimisers see to that. batch: times the task's own."""
     torch.manual_seed(seed)
-    p = TASKS[task](seed)
+    p = (TASKS | FINE_TUNING)[task](seed)
     p.batch = max(1, round(p.batch * batch))
     optimizers = make(p.model)
     rates = [[g["lr"] for g in opt.param_groups] for opt in optimizers]

@@ -2,9 +2,10 @@
 for each of them:
 
     python benchmarks/portfolio/measure.py [--seeds 5] [--tasks "digits, MLP" ...]
+    python benchmarks/portfolio/measure.py --fine_tuning [--seeds 5]
 
 Appends a line to runs.jsonl for each run that is not there yet (of the hybrid: of this code), and
-rewrites summary.json and table.md.
+rewrites summary.json and table.md; with --fine_tuning those in the folder fine_tuning.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import hybrid_optimization  # noqa: E402
 from hybrid_optimization import HybridOptimizer, named_kinds  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 from studies.muon import muon_for  # noqa: E402
-from studies.portfolio import TASKS, UNSEEN, run  # noqa: E402
+from studies.portfolio import FINE_TUNING, TASKS, UNSEEN, run  # noqa: E402
 
 TUNING_SEED = 1000
 Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
@@ -40,6 +41,7 @@ Make = Callable[[nn.Module], list[torch.optim.Optimizer]]
 #: Muon: a run each.
 ADAMW = list(itertools.product((1e-3, 3e-3, 1e-2, 3e-2, 1e-1), (0.9, 0.7), (0.01, 0.3)))
 MUON = list(itertools.product((5e-3, 2e-2, 5e-2, 1.5e-1, 4e-1), (3e-3, 1e-2), (0.1, 0.01)))
+CHANGED = "all weights"  # the task whose weights are changed, not made: a tenth of these rates
 
 
 def adamw(lr: float, beta: float, decay: float) -> Make:
@@ -68,21 +70,33 @@ def muon(lr: float, rest: float, decay: float) -> Make:
     return make
 
 
+def grids(task: str) -> tuple[tuple[str, list, Callable[..., Make]], ...]:
+    """(method, its settings, what makes it of one)."""
+    if task != CHANGED:
+        return ("adamw", ADAMW, adamw), ("muon", MUON, muon)
+    slow = [(lr / 10, beta, decay) for lr, beta, decay in ADAMW]
+    slow_muon = [(lr / 10, rest / 10, decay) for lr, rest, decay in MUON]
+    return ("adamw", slow, adamw), ("muon", slow_muon, muon)
+
+
 def hybrid(**options: Any) -> Make:
     return lambda model: [HybridOptimizer(model, **options)]
 
 
-def variants(steps: int) -> dict[str, dict[str, Any]]:
+def variants(task: str, steps: int) -> dict[str, dict[str, Any]]:
     """Of one configuration: what a user may get wrong."""
+    start: dict[str, Any] = {"pretrained": True} if task == CHANGED else {}
+    length = 0.002 if task == CHANGED else 0.12
+    longer = "step_length x 5" + (", cut to 0.14" if task in TASKS else "")
     return {
-        "as it is": {"max_steps": steps},
-        "no horizon": {},
-        "horizon / 10": {"max_steps": steps // 10},
-        "horizon x 10": {"max_steps": 10 * steps},
-        "horizon x 10, averaged": {"max_steps": 10 * steps, "average": True},
-        "step_length / 5": {"max_steps": steps, "step_length": 0.12 / 5},
-        "step_length x 5, cut to 0.14": {"max_steps": steps, "step_length": 0.12 * 5},
-        "no guidance": {"max_steps": steps, "guided": False},
+        "as it is": start | {"max_steps": steps},
+        "no horizon": start,
+        "horizon / 10": start | {"max_steps": steps // 10},
+        "horizon x 10": start | {"max_steps": 10 * steps},
+        "horizon x 10, averaged": start | {"max_steps": 10 * steps, "average": True},
+        "step_length / 5": start | {"max_steps": steps, "step_length": length / 5},
+        longer: start | {"max_steps": steps, "step_length": length * 5},
+        "no guidance": start | {"max_steps": steps, "guided": False},
     }
 
 
@@ -132,15 +146,19 @@ def loss_of(log: RunLog, task: str, method: str, options: Any, seed: int, make: 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=[*TASKS, *FINE_TUNING])
+    parser.add_argument("--fine_tuning", action="store_true")
     o = parser.parse_args()
     torch.set_num_threads(1)
-    log = RunLog(HERE / "runs.jsonl")
+    tasks = FINE_TUNING if o.fine_tuning else TASKS
+    folder = HERE / "fine_tuning" if o.fine_tuning else HERE
+    folder.mkdir(exist_ok=True)
+    log = RunLog(folder / "runs.jsonl")
     table: dict[str, dict[str, Any]] = {}
-    for task in o.tasks:
-        steps = TASKS[task](0).steps
+    for task in o.tasks or tasks:
+        steps = tasks[task](0).steps
         row: dict[str, Any] = {}
-        for name, grid, make in (("adamw", ADAMW, adamw), ("muon", MUON, muon)):
+        for name, grid, make in grids(task):
             tuned = min(
                 grid,
                 key=lambda x: loss_of(log, task, name, list(x), TUNING_SEED, make(*x)),
@@ -149,13 +167,13 @@ def main() -> None:
                 loss_of(log, task, name, list(tuned), s, make(*tuned)) for s in range(o.seeds)
             ]
             row[name] = {"options": list(tuned), "losses": losses}
-        for name, options in variants(steps).items():
+        for name, options in variants(task, steps).items():
             losses = [
                 loss_of(log, task, "hybrid", options, s, hybrid(**options)) for s in range(o.seeds)
             ]
             row[name] = {"options": options, "losses": losses}
         table[task] = row
-        write(table, o.seeds)
+        write(folder, table, o.seeds)
 
 
 def error_of(losses: list[float]) -> float:
@@ -164,7 +182,7 @@ def error_of(losses: list[float]) -> float:
     return stdev(losses) / math.sqrt(len(losses)) if finite else math.inf
 
 
-def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
+def write(folder: Path, table: dict[str, dict[str, Any]], seeds: int) -> None:
     """summary.json: means and ratios; table.md: the same for people.
 
     Errors are standard errors over seeds; a ratio's interval is two of them either way, of its
@@ -199,13 +217,13 @@ def write(table: dict[str, dict[str, Any]], seeds: int) -> None:
         "tuned": {t: {n: r[n]["options"] for n in ("adamw", "muon")} for t, r in table.items()},
         **machine(),
     }
-    (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     head = ["task", *names]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for t, m in means.items():
         cells = [f"{m[n]:.4g} ({errors[t][n]:.2g})" for n in names]
         lines.append("| " + " | ".join([t, *cells]) + " |")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
