@@ -1755,11 +1755,12 @@ class HybridOptimizer(ConstrainedOptimizer):
         optimizer.step()
 
     params: an nn.Module (best: embeddings and heads are recognised), ``named_parameters()``,
-    parameters, or groups. pretrained: the weights are to be changed, not made; steps are then
-    short. Defaults: lr 6e-3, momentum 0.8, weight_decay 0.5, least_share 0.3 and whitened matrices;
-    with pretrained lr 3e-4, momentum 0.6, weight_decay 1e-5 and none whitened. Any of them, and any
-    other option of `ConstrainedOptimizer`, may be given. weight_decay is of matrices and heads, not
-    of embeddings and vectors; a group of the caller's without one has it unless it holds vectors.
+    parameters, or groups. pretrained: the weights are to be changed, not made (adapters are made);
+    steps are then short, and guidance is `Guidance.for_fine_tuning`. Defaults: lr 6e-3, momentum
+    0.8, weight_decay 0.5, least_share 0.3 and whitened matrices; with pretrained lr 1e-4, momentum
+    0.6, weight_decay 1e-5 and none whitened. Any of them, and any other option of
+    `ConstrainedOptimizer`, may be given. weight_decay is of matrices and heads, not of embeddings
+    and vectors; a group of the caller's without one has it unless it holds vectors.
     step_length (a share of the weights, as the configuration's) is where guidance starts, at most
     Guidance.LONGEST; guided=False leaves it there. seed: of the auxiliary network.
 
@@ -1825,6 +1826,12 @@ class HybridOptimizer(ConstrainedOptimizer):
             network.radius_center = self.defaults["initial_radius"]
         self.max_steps, self.warmup_fraction = max_steps, warmup_fraction
         longest = Guidance.LONGEST if guided else math.inf
+        if pretrained and _has_adapters(params):
+            warnings.warn(
+                "HybridOptimizer: low-rank adapters are made, not changed; they end at a lower "
+                "loss without pretrained=True",
+                stacklevel=2,
+            )
         kind = Guidance.for_fine_tuning if pretrained else Guidance
         self.guidance = kind(network, min(step_length or nominal, longest))
         self.steps = 0  # taken or skipped
@@ -2076,6 +2083,12 @@ def _grouped(params: nn.Module | Iterable[Any], decay: float) -> list[dict[str, 
         group = groups.setdefault(kind, {"params": [], "kind": kind, "weight_decay": usual})
         group["params"].append(p)
     return list(groups.values())
+
+
+def _has_adapters(params: Any) -> bool:
+    """Whether a module trains low-rank adapters under their usual names (peft's)."""
+    named = params.named_parameters() if isinstance(params, nn.Module) else ()
+    return any("lora_" in name and p.requires_grad for name, p in named)
 
 
 def _with_decay(group: dict[str, Any], decay: float) -> dict[str, Any]:
