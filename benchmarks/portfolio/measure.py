@@ -71,12 +71,15 @@ def muon(lr: float, rest: float, decay: float) -> Make:
 
 
 def grids(task: str) -> tuple[tuple[str, list, Callable[..., Make]], ...]:
-    """(method, its settings, what makes it of one)."""
-    if task != CHANGED:
-        return ("adamw", ADAMW, adamw), ("muon", MUON, muon)
-    slow = [(lr / 10, beta, decay) for lr, beta, decay in ADAMW]
-    slow_muon = [(lr / 10, rest / 10, decay) for lr, rest, decay in MUON]
-    return ("adamw", slow, adamw), ("muon", slow_muon, muon)
+    """(method, its settings, what makes it of one). In fine-tuning decays are not tuned."""
+    known = ADAMW, MUON
+    if task in FINE_TUNING:
+        slower = 0.1 if task == CHANGED else 1.0
+        known = (
+            [(slower * lr, beta, decay) for lr, beta, decay in ADAMW if decay == 0.01],
+            [(slower * lr, slower * rest, decay) for lr, rest, decay in MUON if decay == 0.01],
+        )
+    return ("adamw", known[0], adamw), ("muon", known[1], muon)
 
 
 def hybrid(**options: Any) -> Make:
@@ -85,18 +88,23 @@ def hybrid(**options: Any) -> Make:
 
 def variants(task: str, steps: int) -> dict[str, dict[str, Any]]:
     """Of one configuration: what a user may get wrong."""
-    start: dict[str, Any] = {"pretrained": True} if task == CHANGED else {}
-    length = 0.002 if task == CHANGED else 0.12
-    longer = "step_length x 5" + (", cut to 0.14" if task in TASKS else "")
+    if task in FINE_TUNING:
+        start = {"pretrained": True} if task == CHANGED else {}
+        length = 0.002 if task == CHANGED else 0.12
+        return {
+            "as it is": {**start, "max_steps": steps},
+            "step_length x 5": {**start, "max_steps": steps, "step_length": 5 * length},
+            "no guidance": {**start, "max_steps": steps, "guided": False},
+        }
     return {
-        "as it is": start | {"max_steps": steps},
-        "no horizon": start,
-        "horizon / 10": start | {"max_steps": steps // 10},
-        "horizon x 10": start | {"max_steps": 10 * steps},
-        "horizon x 10, averaged": start | {"max_steps": 10 * steps, "average": True},
-        "step_length / 5": start | {"max_steps": steps, "step_length": length / 5},
-        longer: start | {"max_steps": steps, "step_length": length * 5},
-        "no guidance": start | {"max_steps": steps, "guided": False},
+        "as it is": {"max_steps": steps},
+        "no horizon": {},
+        "horizon / 10": {"max_steps": steps // 10},
+        "horizon x 10": {"max_steps": 10 * steps},
+        "horizon x 10, averaged": {"max_steps": 10 * steps, "average": True},
+        "step_length / 5": {"max_steps": steps, "step_length": 0.12 / 5},
+        "step_length x 5, cut to 0.14": {"max_steps": steps, "step_length": 0.12 * 5},
+        "no guidance": {"max_steps": steps, "guided": False},
     }
 
 
