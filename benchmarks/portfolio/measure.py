@@ -70,16 +70,14 @@ def muon(lr: float, rest: float, decay: float) -> Make:
     return make
 
 
-def grids(task: str) -> tuple[tuple[str, list, Callable[..., Make]], ...]:
-    """(method, its settings, what makes it of one). In fine-tuning decays are not tuned."""
-    known = ADAMW, MUON
-    if task in FINE_TUNING:
-        slower = 0.1 if task == CHANGED else 1.0
-        known = (
-            [(slower * lr, beta, decay) for lr, beta, decay in ADAMW if decay == 0.01],
-            [(slower * lr, slower * rest, decay) for lr, rest, decay in MUON if decay == 0.01],
-        )
-    return ("adamw", known[0], adamw), ("muon", known[1], muon)
+def grids(task: str) -> list[tuple[str, list, Callable[..., Make]]]:
+    """(method, its settings, what makes it of one). In fine-tuning there is no Muon, and AdamW's
+    decay is not tuned."""
+    if task not in FINE_TUNING:
+        return [("adamw", ADAMW, adamw), ("muon", MUON, muon)]
+    slower = 0.1 if task == CHANGED else 1.0
+    tried = [(slower * lr, beta, decay) for lr, beta, decay in ADAMW if decay == 0.01]
+    return [("adamw", tried, adamw)]
 
 
 def hybrid(**options: Any) -> Make:
@@ -222,7 +220,9 @@ def write(folder: Path, table: dict[str, dict[str, Any]], seeds: int) -> None:
         "means": means,
         "standard_errors": errors,
         "ratios": {n: ratios(n) for n in names if n != "as it is"},
-        "tuned": {t: {n: r[n]["options"] for n in ("adamw", "muon")} for t, r in table.items()},
+        "tuned": {
+            t: {n: r[n]["options"] for n in ("adamw", "muon") if n in r} for t, r in table.items()
+        },
         **machine(),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
