@@ -1592,11 +1592,6 @@ class Guidance:
     hence LONGEST; where a few steps swing wildly it may be far below -1 for a while, and nothing
     would lengthen steps again, hence SHORTEST. The network learns to foresee that correction.
 
-    Fine-tuning. Where gradients are mostly noise, a is mostly that noise against itself, and kappa
-    is near 0 for steps that are three times too long or too short. Its sign still tells one from
-    the other, for b is of fresh samples; so `for_fine_tuning` steers to one value instead of
-    leaving a wide band alone, STEERED, just beyond the best length for a single step.
-
     The multiplier is what brings the base rate to the wanted length, so the base rate itself
     hardly matters; what a multiplier of 0.1 leaves too long, a cap cuts.
 
@@ -1611,8 +1606,7 @@ class Guidance:
     SHORTEST = 0.2  # of step_length: below it kappa shrinks no wanted length
     GUIDED = 0.3  # share of the run after which the length is left to the schedule
     SETTLE = 0.05  # share of the run in which regions are fitted to the proposals at once
-    STEERED, STEERED_GAIN, STEERED_SHORTEST = -0.03, 0.7, 0.1  # the same in fine-tuning
-    STEERED_CLIP = 0.2  # a single step's kappa counts as no more
+    EVERY = 2  # steps from one observation to the next
 
     def __init__(
         self,
@@ -1621,8 +1615,6 @@ class Guidance:
         shrink_below: float = HybridTrainingConfig.shrink_below,
     ) -> None:
         self.network, self.step_length, self.shrink_below = network, step_length, shrink_below
-        self.grow_above, self.gain, self.shortest = self.GROW_ABOVE, self.GAIN, self.SHORTEST
-        self.steers = False  # to one kappa, at every step
         self.fast, self.slow, self.norm = _Running(0.3), _Running(0.05), _Running(0.05)
         self.descent, self.curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
         self.promised: float | None = None  # <g_t, s_t> of the newest step
@@ -1632,15 +1624,9 @@ class Guidance:
         self.peak = 0.0  # the largest base rate seen
         self.share = 1.0  # of the peak rate, by the schedule, at the newest step
 
-    @classmethod
-    def for_fine_tuning(
-        cls, network: AuxiliaryNeuralNetwork | None, step_length: float
-    ) -> Guidance:
-        """Steers kappa to STEERED, and looks at every step while it does."""
-        found = cls(network, step_length, cls.STEERED)
-        found.grow_above, found.gain = cls.STEERED, cls.STEERED_GAIN
-        found.shortest, found.steers = cls.STEERED_SHORTEST, True
-        return found
+    def observed(self, before: float, after: float) -> tuple[float, float]:
+        """Running means of the slope before a step and after it, whose ratio is kappa."""
+        return self.descent.update(before), self.curved.update(after)
 
     def describe(self, loss: float, norm: float, cluster_id: int, step: int) -> TrainingState:
         """A step in numbers, which join the running means where they are finite."""
@@ -1672,22 +1658,17 @@ class Guidance:
             return 1.0, 0.0, 1.0
         wish = None
         if self.promised is not None:
-            a, b = self.promised, float(optimizer.slope())
-            if self.steers:
-                # While steps shrink, means of slopes themselves would be those of the long ones.
-                b = min(max(b / (abs(a) or 1.0), -self.STEERED_CLIP), self.STEERED_CLIP)
-                a = math.copysign(1.0, a)
-            a, b = self.descent.update(a), self.curved.update(b)
+            a, b = self.observed(self.promised, float(optimizer.slope()))
             self.promised = None
             if a < 0:
                 self.kappa = b / a
-                excess = max(self.kappa - self.grow_above, 0.0)
+                excess = max(self.kappa - self.GROW_ABOVE, 0.0)
                 excess += min(self.kappa - self.shrink_below, 0.0)
                 excess = min(max(excess, -0.5), 0.5)
-                wish = self.gain * excess * self.share * max(left, 0.0)
+                wish = self.GAIN * excess * self.share * max(left, 0.0)
                 longest = math.log10(max(self.LONGEST, self.step_length))
                 wish = min(wish, max(longest - self.length, 0.0))
-                shortest = math.log10(self.shortest * self.step_length)
+                shortest = math.log10(self.SHORTEST * self.step_length)
                 wish = max(wish, min(shortest - self.length, 0.0))
                 self.length += wish
         if self.proposal is not None:
@@ -1734,6 +1715,26 @@ class Guidance:
 
 
 #: What `HybridOptimizer` starts from, by where the weights come from (EXPERIMENTS.md).
+class FineTuningGuidance(Guidance):
+    """Steers kappa to one value, and looks at every step while it does.
+
+    Where gradients are mostly noise, a is mostly that noise against itself, and kappa is near 0 for
+    steps that are three times too long or too short. Its sign still tells one from the other, for b
+    is of fresh samples. The value is just beyond the best length for a single step.
+    """
+
+    GROW_ABOVE, GAIN, SHORTEST, EVERY = -0.03, 0.7, 0.1, 1
+    CLIP = 0.2  # one step's kappa counts as no more
+
+    def __init__(self, network: AuxiliaryNeuralNetwork | None, step_length: float) -> None:
+        super().__init__(network, step_length, self.GROW_ABOVE)
+
+    def observed(self, before: float, after: float) -> tuple[float, float]:
+        # Of ratios: while steps shrink, means of slopes would be those of the long ones.
+        ratio = min(max(after / (abs(before) or 1.0), -self.CLIP), self.CLIP)
+        return super().observed(math.copysign(1.0, before), ratio)
+
+
 _FROM_SCRATCH = {
     "lr": 6e-3,
     "momentum": 0.8,
@@ -1756,7 +1757,7 @@ class HybridOptimizer(ConstrainedOptimizer):
 
     params: an nn.Module (best: embeddings and heads are recognised), ``named_parameters()``,
     parameters, or groups. pretrained: the weights are to be changed, not made (adapters are made);
-    steps are then short, and guidance is `Guidance.for_fine_tuning`. Defaults: lr 6e-3, momentum
+    steps are then short, and guidance is `FineTuningGuidance`. Defaults: lr 6e-3, momentum
     0.8, weight_decay 0.5, least_share 0.3 and whitened matrices; with pretrained lr 1e-4, momentum
     0.6, weight_decay 1e-5 and none whitened. Any of them, and any other option of
     `ConstrainedOptimizer`, may be given. weight_decay is of matrices and heads, not of embeddings
@@ -1832,7 +1833,7 @@ class HybridOptimizer(ConstrainedOptimizer):
                 "loss without pretrained=True",
                 stacklevel=2,
             )
-        kind = Guidance.for_fine_tuning if pretrained else Guidance
+        kind = FineTuningGuidance if pretrained else Guidance
         self.guidance = kind(network, min(step_length or nominal, longest))
         self.steps = 0  # taken or skipped
         self._moved = 0  # of them those that moved something
@@ -1952,7 +1953,7 @@ class HybridOptimizer(ConstrainedOptimizer):
         factor = course * multiplier * (guidance.peak / self._peak if self._by_length else 1.0)
         for group in self.param_groups:
             group["guided_lr"] = factor * cap * float(group["lr"])
-        every = 1 if guidance.steers and left > 0 else 2
+        every = guidance.EVERY if left > 0 else Guidance.EVERY
         learns = guidance.network is not None and share > 0 and step % every == 0
         measured = learns and left > 0
         self._take(None, factor, share * 10.0**shift, cap, measured, magnitude)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.lr_scheduler import LambdaLR
 
 from hybrid_optimization import HybridOptimizer, schedule_factor
 from lowbit.models.interface import LanguageModel, Output, linear_layers
@@ -271,7 +272,8 @@ def ratings(seed: int) -> Problem:
 @cache
 def pretrained_model() -> LanguageModel:
     """The embedded teacher: two million weights, which read bytes of documentation."""
-    return load_teacher("embedded")[0]
+    with torch.random.fork_rng():  # reading it draws weights, once; a task's are its seed's
+        return load_teacher("embedded")[0]
 
 
 def own_copy() -> LanguageModel:
@@ -349,6 +351,11 @@ FINE_TUNING: dict[str, Callable[[int], Problem]] = {
 }
 
 
+def linear_schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """Rates that rise over a twentieth of the run and fall to 0."""
+    return LambdaLR(optimizer, lambda t: schedule_factor(t, steps, WARMUP_FRACTION, "linear"))
+
+
 def run(
     task: str,
     seed: int,
@@ -364,17 +371,14 @@ def run(
     p = (TASKS | FINE_TUNING)[task](seed)
     p.batch = max(1, round(p.batch * batch))
     optimizers = make(p.model)
-    rates = [[g["lr"] for g in opt.param_groups] for opt in optimizers]
-    for t in range(p.steps):
-        if linear:
-            share = schedule_factor(t, p.steps, WARMUP_FRACTION, "linear")
-            for opt, known in zip(optimizers, rates, strict=True):
-                for group, rate in zip(opt.param_groups, known, strict=True):
-                    group["lr"] = rate * share
+    schedules = [linear_schedule(opt, p.steps) for opt in optimizers if linear]
+    for _ in range(p.steps):
         p.model.zero_grad()
         p.loss().backward()
         for opt in optimizers:
             opt.step()
+        for schedule in schedules:
+            schedule.step()
     for opt in optimizers:
         if isinstance(opt, HybridOptimizer) and any("average" in s for s in opt.state.values()):
             opt.eval()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,13 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from toys import backward, digits, make_net, same
 
-from hybrid_optimization import (
-    SHRINK_BELOW_PRETRAINED,
-    AuxiliaryNeuralNetwork,
-    ConstrainedOptimizer,
-    Guidance,
-    HybridOptimizer,
-)
+from hybrid_optimization import ConstrainedOptimizer, HybridOptimizer
 
 
 def train(model: nn.Module, optimizer: Any, steps: int, n: int = 64) -> float:
@@ -540,94 +533,3 @@ def test_a_closure_without_a_loss():
     assert optimizer.step(closure) is None
     with pytest.raises(TypeError, match="not one tensor"):
         HybridOptimizer(nn.Parameter(torch.ones(2)))
-
-
-class AfterStep:
-    """What guidance asks an optimiser for, at a slope that makes kappa what it is given."""
-
-    RELATIVE_GAIN = ConstrainedOptimizer.RELATIVE_GAIN
-
-    def __init__(self, kappa: float, promised: float) -> None:
-        self.after = kappa * promised
-
-    def slope(self) -> torch.Tensor:
-        return torch.tensor(self.after)
-
-
-def lengthened(guidance: Guidance, kappa: float, promised: float = -1.0) -> float:
-    """Decades that one observation adds to the wanted length."""
-    guidance.peak, guidance.promised = 1e-3, promised
-    before, state = guidance.length, guidance.describe(1.0, 1.0, 0, 1)
-    guidance.lead(AfterStep(kappa, promised), state, left=1.0)  # type: ignore[arg-type]
-    return guidance.length - before
-
-
-@pytest.mark.parametrize(
-    ("low", "kappa", "decades"),
-    [(None, -0.6, 0.0), (None, -1.0, -0.08), (SHRINK_BELOW_PRETRAINED, -0.6, -0.08),
-     (SHRINK_BELOW_PRETRAINED, -0.3, 0.0)],
-)  # fmt: skip
-def test_swings_shorten_steps_near_a_start_that_is_worth_keeping(low, kappa, decades):
-    """The gain is 0.4 decades for each unit of kappa below -0.8, in conversions -0.4."""
-    limit = HybridOptimizer(nn.Linear(2, 2)).guidance.shrink_below if low is None else low
-    guidance = Guidance(AuxiliaryNeuralNetwork(), 0.12, limit)
-    assert lengthened(guidance, kappa) == pytest.approx(decades, abs=1e-6)
-    assert guidance.kappa == pytest.approx(kappa)
-
-
-@pytest.mark.parametrize("promised", [-1e-4, -1.0, -1e4])
-@pytest.mark.parametrize(
-    ("kappa", "counted"),
-    [(0.0, 0.0), (-0.03, -0.03), (-0.1, -0.1), (0.15, 0.15), (3.0, 0.2), (-40.0, -0.2)],
-)
-def test_fine_tuning_steers_kappa(promised, kappa, counted):
-    """0.7 decades for each unit of kappa above -0.03, however small or large slopes are, and of one
-    step's kappa 0.2 at most."""
-    guidance = HybridOptimizer(nn.Linear(2, 2), pretrained=True).guidance
-    change = lengthened(guidance, kappa, promised)
-    assert change == pytest.approx(0.7 * (counted + 0.03), abs=1e-6)
-
-
-def test_means_of_kappa_are_of_ratios():
-    """So that steps which were a thousand times longer do not outweigh what short ones show."""
-    guidance = HybridOptimizer(nn.Linear(2, 2), pretrained=True).guidance
-    for kappa, promised in ((-0.1, -1000.0), (0.1, -1.0), (0.1, -1.0)):
-        lengthened(guidance, kappa, promised)
-    assert guidance.kappa == pytest.approx((-0.1 + 0.1 + 0.1) / 3)
-
-
-@pytest.mark.parametrize("step_length", [0.001, 0.002])
-def test_fine_tuning_finds_longer_steps(step_length):
-    """A linear model that is nearly right and sees noisy targets ends less than half as far from
-    the best weights as with the steps it begins with, which are too short."""
-
-    def distance(guided: bool) -> float:
-        torch.manual_seed(0)
-        model, best = nn.Linear(256, 1, bias=False), torch.randn(1, 256)
-        with torch.no_grad():
-            model.weight.copy_(best + 0.05 * torch.randn(1, 256))
-        optimizer = HybridOptimizer(
-            [model.weight], 300, pretrained=True, step_length=step_length, guided=guided
-        )
-        for _ in range(300):
-            x = torch.randn(16, 256)
-            y = x @ best.T + 0.3 * torch.randn(16, 1)
-            optimizer.zero_grad()
-            F.mse_loss(model(x), y).backward()
-            optimizer.step()
-        return float((model.weight - best).norm().detach())
-
-    assert distance(guided=True) < 0.5 * distance(guided=False)
-
-
-@pytest.mark.parametrize("trained", [True, False])
-@pytest.mark.parametrize("pretrained", [True, False])
-def test_adapters_are_made(pretrained, trained):
-    """Under peft's names they are noticed, where they are trained."""
-    model = nn.Linear(4, 4)
-    model.lora_A = nn.Parameter(torch.randn(2, 4), requires_grad=trained)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        HybridOptimizer(model, pretrained=pretrained)
-    assert len(found) == (pretrained and trained)
-    assert all("adapters" in str(w.message) for w in found)

@@ -1,5 +1,5 @@
-"""SmolLM2-135M-Instruct fine-tuned on source code, in full or by low-rank adapters: HybridOptimizer
-at several step lengths, and AdamW at several rates:
+"""SmolLM2-135M-Instruct fine-tuned on source code, in full or by low-rank adapters: with
+HybridOptimizer, and with AdamW at several rates:
 
     python benchmarks/finetuning/measure.py [--tasks full adapters] [--methods "adamw 1e-4" ...]
 
@@ -24,18 +24,16 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from hybrid_optimization import HybridOptimizer, schedule_factor  # noqa: E402
+from hybrid_optimization import HybridOptimizer  # noqa: E402
 from lowbit.models.interface import LanguageModel  # noqa: E402
 from lowbit.models.teacher import load_teacher  # noqa: E402
-from lowbit.options import WARMUP_FRACTION  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
-from studies.portfolio import with_adapters  # noqa: E402
+from studies.portfolio import linear_schedule, with_adapters  # noqa: E402
 
 LENGTH, BATCH, HELD_OUT = 96, 4, 32  # tokens a window; windows a step, and held out
-#: Of each task; "hybrid" without a number has its defaults.
 METHODS = {
     "full": [f"adamw {r}" for r in ("1e-4", "3e-5", "3e-4")] + ["hybrid pretrained"],
-    "adapters": [f"adamw {r}" for r in ("1e-3", "3e-3", "1e-2")] + ["hybrid", "hybrid pretrained"],
+    "adapters": [f"adamw {r}" for r in ("1e-3", "3e-3", "1e-2")] + ["hybrid"],
 }
 
 
@@ -69,14 +67,27 @@ def held_out(model: LanguageModel, ids: torch.Tensor) -> list[float]:
 
 
 def optimizer_for(method: str, model: LanguageModel, steps: int) -> torch.optim.Optimizer:
-    """method: 'adamw RATE', or 'hybrid', 'pretrained' and NAME=NUMBER, options of
-    HybridOptimizer."""
+    """method: 'adamw RATE', 'hybrid' or 'hybrid pretrained'."""
     name, *words = method.split()
     if name == "adamw":
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, float(words[0]), betas=(0.9, 0.95), weight_decay=0.01)
-    numbers = {k: float(v) for k, _, v in (w.partition("=") for w in words) if v}
-    return HybridOptimizer(model, steps, pretrained="pretrained" in words, **numbers)
+    return HybridOptimizer(model, steps, pretrained="pretrained" in words)
+
+
+def train(model: LanguageModel, method: str, steps: int, ids: torch.Tensor) -> list[float]:
+    """On windows ids (steps x BATCH, LENGTH); the loss of every step."""
+    optimizer, losses = optimizer_for(method, model, steps), []
+    schedule = linear_schedule(optimizer, steps) if method.startswith("adamw") else None
+    for batch in ids.split(BATCH):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        if schedule is not None:
+            schedule.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def main() -> None:
@@ -88,43 +99,33 @@ def main() -> None:
     o = parser.parse_args()
     log = RunLog(HERE / "runs.jsonl")
     known = load_teacher("smollm2")[0].float()
-    train, held = windows()
+    text, held = windows()
     start = fmean(held_out(known, held))
-    for task in o.tasks:
-        for seed in o.seeds:
-            for method in o.methods or METHODS[task]:
-                key = {"task": task, "method": method, "steps": o.steps, "seed": seed}
-                if log.find(key) is not None:
-                    continue
-                torch.manual_seed(seed)
-                model = copy.deepcopy(known).requires_grad_(True)
-                if task == "adapters":
-                    model = with_adapters(model)
-                optimizer = optimizer_for(method, model, o.steps)
-                rates = [g["lr"] for g in optimizer.param_groups]
-                order = np.random.default_rng(seed).permutation(len(train))
-                began, losses = time.perf_counter(), []
-                for t in range(o.steps):
-                    if method.startswith("adamw"):
-                        share = schedule_factor(t, o.steps, WARMUP_FRACTION, "linear")
-                        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                            group["lr"] = share * rate
-                    optimizer.zero_grad()
-                    loss = loss_of(model, train[order[t * BATCH : (t + 1) * BATCH]])
-                    loss.backward()
-                    optimizer.step()
-                    losses.append(float(loss.detach()))
-                seconds = time.perf_counter() - began
-                after = held_out(model, held)
-                found = {"start": start, "loss": fmean(after), "windows": after, "train": losses}
-                log.append({**key, **found, "seconds": seconds, **machine()})
-                print(*key.values(), f"{found['loss']:.4f}, {start:.4f} before", flush=True)
-                keys = (*key, "start", "loss", "seconds")
-                table = [{k: r[k] for k in keys} for r in RunLog(log.path).runs]
-                summary = {"command": "python benchmarks/finetuning/measure.py", "runs": table}
-                (HERE / "summary.json").write_text(
-                    json.dumps({**summary, **machine()}, indent=1) + "\n"
-                )
+    keys = (
+        {"task": task, "method": method, "steps": o.steps, "seed": seed}
+        for task in o.tasks
+        for seed in o.seeds
+        for method in o.methods or METHODS[task]
+    )
+    for key in keys:
+        if log.find(key) is not None:
+            continue
+        torch.manual_seed(key["seed"])
+        model = copy.deepcopy(known).requires_grad_(True)
+        if key["task"] == "adapters":
+            model = with_adapters(model)
+        order = np.random.default_rng(key["seed"]).permutation(len(text))
+        began = time.perf_counter()
+        losses = train(model, key["method"], o.steps, text[order[: o.steps * BATCH]])
+        seconds = time.perf_counter() - began
+        after = held_out(model, held)
+        found = {"start": start, "loss": fmean(after), "windows": after, "train": losses}
+        log.append({**key, **found, "seconds": seconds, **machine()})
+        print(*key.values(), f"{found['loss']:.4f}, {start:.4f} before", flush=True)
+    columns = ("task", "method", "steps", "seed", "start", "loss", "seconds")
+    table = [{k: r[k] for k in columns} for r in log.runs]
+    summary = {"command": "python benchmarks/finetuning/measure.py", "runs": table, **machine()}
+    (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
 if __name__ == "__main__":
