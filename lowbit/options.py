@@ -127,9 +127,8 @@ def _student_flags(g: Group) -> None:
         "--embedding_bits",
         type=int,
         choices=[8, 4],
-        default=8,
-        help="of embedding and head where the vocabulary is a teacher's own; those of bytes have 8 "
-        "(default 8)",
+        help="of embedding and head where the vocabulary is a teacher's own (default 4 where rows "
+        "are multiples of 32, else 8; those of bytes have 8)",
     )
     g.add_argument(
         "--calibrate",

@@ -20,10 +20,12 @@ from lowbit.files.packed import load_packed, save_packed
 from lowbit.generate import generate
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import build_transformers, clone, from_config
+from lowbit.options import parse_options
 from lowbit.quantization.layers import quantize_model
 from lowbit.text.corpus import load_corpus
 from lowbit.text.self_written import chat_turns, written_by
 from lowbit.text.tokenizers import ByteTokenizer, TeacherTokenizer, opened, tokenizer_from
+from lowbit.training.preparation import settle
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.from_numpy(np.random.default_rng(0).integers(2, 300, (2, 24)))
@@ -132,6 +134,18 @@ def test_embeddings_that_cannot_have_4_bits(llama, capsys, tmp_path):
     with pytest.raises(SystemExit):
         distillation.main(["--embedding_bits", "3"])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_embeddings_have_4_bits_where_rows_allow_it(llama, tmp_path):
+    narrow = tiny_folder(tmp_path / "narrow", "llama", hidden_size=48)
+    found = []
+    for spec, *more in [(llama,), (narrow,), ("embedded",), (llama, "--student_size", "tiny")]:
+        teacher, tokenizer = load_teacher(str(spec))
+        for asked in ([], ["--embedding_bits", "8"]):
+            o = parse_options(["--ternary", "--qat", *more, *asked])
+            settle(o, teacher, tokenizer)
+            found.append(o.embedding_bits)
+    assert found == [4, 8, 8, 8, 8, 8, 8, 8]
 
 
 def test_layers_that_the_teacher_has_not(llama, capsys):

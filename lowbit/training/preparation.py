@@ -95,8 +95,17 @@ def settle(o: argparse.Namespace, teacher: LanguageModel, tokenizer: Tokenizer) 
             f"--cache_teacher {o.cache_teacher}: keep fewer, the vocabulary has only "
             f"{teacher.vocab_size} tokens"
         )
-    if o.embedding_bits == 4:
-        if not isinstance(teacher, TransformersLM) or o.student_size != "same":
+    settle_embedding_bits(o, teacher)
+
+
+def settle_embedding_bits(o: argparse.Namespace, teacher: LanguageModel) -> None:
+    """Fill in --embedding_bits: 4 where it can be, if nothing was given. UserError for a 4 that
+    cannot be."""
+    holds = isinstance(teacher, TransformersLM) and o.student_size == "same"
+    if o.embedding_bits is None:
+        o.embedding_bits = 4 if holds and teacher.hidden_size % BLOCK == 0 else 8
+    elif o.embedding_bits == 4:
+        if not holds:
             raise UserError(
                 "--embedding_bits 4 needs a student of transformers: the plain decoder trains its "
                 "embedding, in 8 bits"
