@@ -28,15 +28,14 @@ from lowbit.training.step import Setup  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
 
 COMMON = "--ternary --qat --teacher smollm2"
-# The default when the first of these runs were made.
-START = "--hybrid --edge_blocks 1 1 --freeze_high_bits=false"
+START = "--hybrid"  # a calibrated start, with all of its defaults
 EPOCHS = 4  # after each, eight windows are validated
 #: AdamW's settings in the order of their tuning, and the values that are tried.
 GRID: dict[str, tuple[str, ...]] = {
     "--lr": ("5e-4", "1e-3", "2.5e-4", "1.25e-4"),
     "--momentum": ("0.9", "0.6", "0.8"),
     "--weight_decay": ("0.01", "0", "0.3"),
-    "--lr_schedule": ("linear", "cosine"),
+    "--lr_schedule": ("linear", "cosine", "wsd"),
 }
 HYBRID = ("--hybrid", "--hybrid --lr 1.5e-5", "--hybrid --lr 1.5e-3")
 
