@@ -2290,7 +2290,7 @@ class HybridOptimizationManager:
                 self._scatter(model, torch.as_tensor(gradients))
             elif trainable and all(p.grad is None for p in trainable):
                 raise ValueError("no parameter has a gradient; call loss.backward() first")
-            self._bind(model)
+            self.bind(model)
             magnitude = self.constrained_opt._known_norm()
         else:
             magnitude = float(torch.as_tensor(gradients))
@@ -2406,8 +2406,14 @@ class HybridOptimizationManager:
 
     # ------------------------------------------------------------------- parameters and clusters
 
-    def _bind(self, model: nn.Module) -> None:
-        """On the first step: find kinds, cluster the parameters, fill the optimiser's groups."""
+    def bind(self, model: nn.Module) -> None:
+        """Cluster the model's parameters and fill the optimiser's groups now. The first step does
+        so by itself; what reads groups before it needs this, such as `GradScaler.unscale_`, which
+        is given ``constrained_opt``. Where gradients are at hand they are clustered by, too.
+
+        ValueError for another model than the one before, and for one without trainable parameters.
+        """
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
         opt = self.constrained_opt
         if self._model is model:
             known = {id(p) for group in opt.param_groups for p in group["params"]}
@@ -2423,7 +2429,7 @@ class HybridOptimizationManager:
         c = self.config
         named = named_kinds(model)
         if not named:
-            raise ValueError("optimization_step: the model has no trainable parameters")
+            raise ValueError("the model has no trainable parameters")
         _require_dense(p.grad for _, p, _ in named if p.grad is not None)
         labels = [int(k) for k in self._cluster_parameters(named)]
         self.parameter_labels = {n: k for (n, _, _), k in zip(named, labels, strict=True)}
@@ -2568,7 +2574,7 @@ class HybridOptimizationManager:
         if state["plain"]["parameter_labels"]:
             if model is None:
                 raise ValueError("load_state_dict: steps were taken before saving; pass the model")
-            self._bind(model)
+            self.bind(model)
             self.constrained_opt.load_state_dict(state["optimizer"])
         elif self._model is not None:  # of before the first step
             self._model, opt = None, self.constrained_opt

@@ -158,7 +158,8 @@ def _student_flags(g: Group) -> None:
     g.add_argument(
         "--student_init",
         choices=["teacher", "random"],
-        help="start from the teacher's weights (default where shapes allow) or scratch",
+        help="start from the teacher's weights (default where shapes allow) or scratch, "
+        "where a model of transformers keeps the teacher's embedding and head",
     )
     g.add_argument(
         "--student_layers",

@@ -201,6 +201,33 @@ def test_the_optimiser_that_a_caller_holds_stays():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_scalers_gradients_are_unscaled_from_the_first_step_on():
+    """Bound beforehand, a manager trains as without a scaler, and skips what overflowed."""
+    ends = []
+    for scale in (1.0, 2.0**16):
+        model, (x, y) = make_net(), digits()
+        manager = HybridOptimizationManager(HybridTrainingConfig(max_steps=30))
+        manager.bind(model)
+        labels = manager.parameter_labels
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        for step in range(30):
+            model.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            if step == 5:
+                model[0].weight.grad[0] = float("inf")
+            scaler.unscale_(manager.constrained_opt)
+            info = manager.optimization_step(model, loss, None)
+            assert info["skipped"] == (step == 5)
+            scaler.update()
+        assert scaler.get_scale() == scale / 2  # it has seen the overflow
+        assert manager.parameter_labels is labels
+        ends.append(model.state_dict())
+    same(*ends)
+    with pytest.raises(ValueError, match="already steps another model"):
+        manager.bind(make_net())
+
+
 def test_number_of_parameter_clusters_can_be_set_until_the_first_step():
     model, (x, y) = make_net(), digits()
     manager = HybridOptimizationManager()

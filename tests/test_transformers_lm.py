@@ -15,18 +15,22 @@ import distillation
 from lowbit import UserError
 from lowbit.files.packed import load_packed, save_packed
 from lowbit.models.interface import block_calls, linear_layers, wiring
+from lowbit.models.student import make_student
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import FAMILIES as TRIED
 from lowbit.models.transformers_lm import TransformersLM, build_transformers, clone
+from lowbit.options import parse_options
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import (
     QATLinear,
+    block_layers,
     edge_layers,
     latent,
     low_bit_layers,
     quantize_model,
 )
 from lowbit.text.tokenizers import TeacherTokenizer, tokenizer_from
+from lowbit.training.preparation import settle
 
 transformers = pytest.importorskip("transformers")
 IDS = torch.from_numpy(np.random.default_rng(0).integers(2, 300, (2, 24)))
@@ -245,6 +249,25 @@ def test_other_students_of_such_a_teacher(folders, text_file, tmp_path, words):
     common = f"--hybrid --ternary --qat --epochs 1 --samples_per_epoch 8 --seq_len 32 --device cpu \
         --data_clusters 2 --data {text_file} --output_dir {tmp_path} --teacher {folders['llama']}"
     assert distillation.main([*common.split(), *words.split()]) == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_random_weights_keep_the_teachers_embedding_and_head(folders, kind):
+    teacher, tokenizer = load_teacher(str(folders[kind]))
+    o = parse_options(["--ternary", "--qat", "--student_init", "random"])
+    settle(o, teacher, tokenizer)
+    student = make_student(o, teacher)
+    assert torch.equal(student.embedding.weight, teacher.embedding.weight)
+    assert (student.output is None) == (teacher.output is None)
+    if student.output is not None:
+        theirs = teacher.output.state_dict()
+        mine = student.output.state_dict()
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+        assert student.output.weight is not teacher.output.weight
+    assert student.embedding.weight is not teacher.embedding.weight
+    for name, layer in block_layers(student).items():
+        assert not torch.equal(layer.weight, block_layers(teacher)[name].weight)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -61,7 +61,7 @@ def make_student(o: argparse.Namespace, teacher: LanguageModel) -> LanguageModel
     if isinstance(teacher, TransformersLM) and o.student_size == "same":
         if o.student_init == "random":
             torch.manual_seed(o.seed)
-            return from_config(teacher.describe()["transformers"])
+            return with_ends_of(teacher, from_config(teacher.describe()["transformers"]))
         return clone(teacher, layers)
     config = (
         teacher.config
@@ -80,4 +80,15 @@ def make_student(o: argparse.Namespace, teacher: LanguageModel) -> LanguageModel
                 mine + k.removeprefix(theirs): v for k, v in whole.items() if k.startswith(theirs)
             }
         student.load_state_dict({k: state[k] for k in student.state_dict()})
+    return student
+
+
+@torch.no_grad()
+def with_ends_of(teacher: TransformersLM, student: TransformersLM) -> TransformersLM:
+    """The student with the teacher's embedding and head, copied: `quantize_model` freezes them, and
+    random ones would stay random."""
+    ends = ((student.embedding, teacher.embedding), (student.output, teacher.output))
+    for mine, theirs in ends:
+        if mine is not None and theirs is not None:
+            mine.load_state_dict(theirs.state_dict())
     return student
