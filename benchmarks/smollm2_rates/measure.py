@@ -32,9 +32,9 @@ START = "--hybrid"  # a calibrated start, with all of its defaults
 EPOCHS = 4  # after each, eight windows are validated
 #: AdamW's settings in the order of their tuning, and the values that are tried.
 GRID: dict[str, tuple[str, ...]] = {
-    "--lr": ("5e-4", "1e-3", "2.5e-4", "1.25e-4"),
+    "--lr": ("2.5e-4", "5e-4", "1.25e-4"),
     "--momentum": ("0.9", "0.6", "0.8"),
-    "--weight_decay": ("0.01", "0", "0.3"),
+    "--weight_decay": ("0.01", "0"),
     "--lr_schedule": ("linear", "cosine", "wsd"),
 }
 HYBRID = ("--hybrid", "--hybrid --lr 1.5e-5", "--hybrid --lr 1.5e-3")

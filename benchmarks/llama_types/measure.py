@@ -1,0 +1,168 @@
+"""What llama.cpp's own few-bit types make of SmolLM2, without training, and what a student is:
+python benchmarks/llama_types/measure.py [--student STUDENT.npz] [--types q2_k ...]
+
+Every matrix of the blocks is quantised by ggml's own code, with the importance of its inputs on
+training text, and read back; the losses are on windows that nobody read before. Appends one JSON
+line a model to runs.jsonl beside this file (what is there is not run again) and rewrites
+summary.json. Needs the extras gguf and chat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import sklearn
+import torch
+import xllamacpp
+from gguf import GGMLQuantizationType as Type
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+import distillation  # noqa: E402
+from lowbit.models.interface import hooked  # noqa: E402
+from lowbit.models.teacher import load_teacher  # noqa: E402
+from lowbit.models.transformers_lm import TransformersLM, clone  # noqa: E402
+from lowbit.options import parse_options  # noqa: E402
+from lowbit.quantization.layers import block_layers, hold  # noqa: E402
+from lowbit.text.corpus import evenly, load_corpus  # noqa: E402
+from lowbit.training.preparation import choose_dtype, some_text  # noqa: E402
+from lowbit.training.validation import Reference, batch_of  # noqa: E402
+from studies.bench import RunLog, machine  # noqa: E402
+
+WINDOWS, LENGTH = 32, 256
+GROUP = 256  # weights that share scales, in these types
+TYPES = ("q4_0", "q3_k", "q2_k", "iq3_xxs", "iq2_xxs", "iq2_xs", "iq1_m")
+DEAR = Type.Q4_0  # of the matrices that a student has in 4 bits
+
+
+def ggml() -> Any:
+    """ggml's quantiser, out of xllamacpp's extension."""
+    path = next(Path(xllamacpp.__file__).parent.glob("xllamacpp*.so"))
+    function = ctypes.CDLL(str(path)).ggml_quantize_chunk
+    floats = ctypes.POINTER(ctypes.c_float)
+    function.restype = ctypes.c_size_t
+    function.argtypes = [
+        ctypes.c_int, floats, ctypes.c_void_p, *[ctypes.c_int64] * 3, floats,
+    ]  # fmt: skip
+    return function
+
+
+def rounded(weight: torch.Tensor, power: torch.Tensor, kind: Type, quantize: Any) -> torch.Tensor:
+    """A matrix (O, I) as ggml rounds it; power (I,): mean square of its inputs. Rows that groups
+    do not fill are joined to longer ones that they do."""
+    rows, width = weight.shape
+    joined = GROUP // np.gcd(GROUP, width)
+    assert rows % joined == 0
+    source = np.ascontiguousarray(weight.float().numpy()).reshape(rows // joined, joined * width)
+    importance = np.ascontiguousarray(np.tile(power.float().numpy(), joined))
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.zeros((len(source), source.shape[1] // block * size), np.uint8)
+    floats = ctypes.POINTER(ctypes.c_float)
+    written = quantize(
+        int(kind), source.ctypes.data_as(floats), raw.ctypes.data, 0, *source.shape,
+        importance.ctypes.data_as(floats),
+    )  # fmt: skip
+    assert written == raw.nbytes
+    return torch.from_numpy(gguf.quants.dequantize(raw, kind)).view(rows, width)
+
+
+@torch.no_grad()
+def input_powers(model: TransformersLM, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Mean square over tokens of each column that a layer of the blocks reads."""
+    layers = block_layers(model)
+    sums = {n: torch.zeros(m.in_features, dtype=torch.float64) for n, m in layers.items()}
+
+    def noting(name: str) -> Any:
+        def note(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            sums[name] += inputs[0].flatten(0, -2).double().square().sum(0)
+
+        return note
+
+    with hooked(m.register_forward_pre_hook(noting(n)) for n, m in layers.items()):
+        for ids in batches:
+            model.features(ids)
+    return {n: s / sum(ids.numel() for ids in batches) for n, s in sums.items()}
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--student", type=Path, help="the default student, 140 steps")
+    # The last two take an hour and more on a core.
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES[:-2])
+    o = parser.parse_args()
+    device = torch.device("cpu")
+    teacher, tokenizer = load_teacher("smollm2")[:2]
+    assert isinstance(teacher, TransformersLM)
+    dtype = choose_dtype(device, teacher)
+    code = load_corpus([str(Path(sklearn.__file__).parent)], LENGTH, tokenizer)
+    texts = {
+        "documentation": load_corpus([], LENGTH, tokenizer).held_out(WINDOWS),
+        "source code": code.take(evenly(np.arange(len(code.train)), WINDOWS)),
+    }
+    references = {n: Reference(teacher, w, device, dtype) for n, w in texts.items()}
+    log = RunLog(HERE / "runs.jsonl")
+
+    def validated(key: dict[str, Any], model: Any, **more: Any) -> None:
+        found = {n: r.validate(model) for n, r in references.items()}
+        log.append(
+            {
+                **key,
+                **more,
+                "texts": {
+                    n: {
+                        "teacher": references[n].teacher_loss,
+                        "loss": v.loss,
+                        "loss_error": v.error,
+                        "kl": v.kl,
+                    }
+                    for n, v in found.items()
+                },
+                **machine(),
+            }
+        )
+        print(key, more, {n: (round(v.loss, 3), round(v.kl, 3)) for n, v in found.items()})
+
+    if o.student and not log.find({"model": "student"}):
+        validated({"model": "student"}, load_teacher(str(o.student))[0])
+
+    plan = "--hybrid --ternary --qat --teacher smollm2 --calibrate=false"
+    setup = distillation.set_up(parse_options(plan.split()), print)
+    dear = set(setup.more_bits)
+    ids = batch_of(some_text(setup.options, setup.corpus, setup.options.calibration_tokens), device)
+    powers = input_powers(teacher, [*ids[0].split(8)])
+    quantize = ggml()
+    for name in o.types:
+        if log.find({"model": name, "dear_in_4_bits": False}):
+            continue
+        model = clone(teacher).requires_grad_(False)
+        hold(model.embedding, 4)
+        layers, bits = block_layers(model), {}
+        sizes = {n: m.weight.numel() for n, m in layers.items()}
+        for kept in (False, True):  # all matrices, then those again that a student has in 4 bits
+            began = time.perf_counter()
+            kind = DEAR if kept else Type[name.upper()]
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            for n in dear if kept else layers:
+                original = block_layers(teacher)[n].weight
+                layers[n].weight.copy_(rounded(original, powers[n], kind, quantize))
+                bits[n] = 8 * size / block
+            mean = sum(bits[n] * sizes[n] for n in sizes) / sum(sizes.values())
+            key = {"model": name, "dear_in_4_bits": kept}
+            validated(key, model, bits=mean, seconds=time.perf_counter() - began)
+    (HERE / "summary.json").write_text(
+        json.dumps({"models": log.runs, **machine()}, indent=1) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
