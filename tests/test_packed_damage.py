@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from packing import SMALL, TOKENIZER, members_of
+from packing import SMALL, TOKENIZER, members_of, small_model
 
 from lowbit import UserError
 from lowbit.files.packed import (
@@ -290,6 +290,31 @@ def test_members_that_lie_about_their_size(
         for info in old.infolist():
             new.writestr(info.filename, content if info.filename == name else old.read(info))
     refused(path)
+
+
+def test_large_scales_are_in_bzip2(tmp_path: Path, monkeypatch) -> None:
+    """numpy and the reader take them; damage is a line, and says so."""
+    small, large = tmp_path / "small.npz", tmp_path / "large.npz"
+    model = small_model("ternary", False)
+    save_packed(small, model, TOKENIZER)
+    monkeypatch.setattr("lowbit.files.packed.LARGE", 1)
+    save_packed(large, model, TOKENIZER)
+    kinds = []
+    for path in (small, large):
+        with zipfile.ZipFile(path) as z:
+            kinds.append({i.filename for i in z.infolist() if i.compress_type == zipfile.ZIP_BZIP2})
+    assert kinds == [set(), {"scales.npy"}]
+    ours, theirs = members_of(large), members_of(small)
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(ours[k], theirs[k]) for k in theirs)
+    want = load_packed(small)[0].state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in load_packed(large)[0].state_dict().items())
+    with zipfile.ZipFile(large) as z:
+        info = z.getinfo("scales.npy")
+    raw = bytearray(large.read_bytes())
+    raw[info.header_offset + 30 + len(info.filename) + 20 + info.compress_size // 2] ^= 255
+    large.write_bytes(raw)
+    refused(large, "is damaged, or not a packed model")
 
 
 def test_not_a_zip(tmp_path: Path) -> None:
