@@ -21,26 +21,29 @@ def read(study: str) -> dict:
 def main() -> None:
     run = read("smollm2")["runs"][0]
     shapes = [
-        r for r in read("decoding")["runs"] if r["shape"] == "smollm2-135m" and r["rounds"] == 5
+        r
+        for r in read("decoding")["runs"]
+        if r["shape"] == "smollm2-135m" and r["embedding_bits"] == 4
     ]
     speed = {r["type"]: r["tokens_a_second"] for r in shapes}
-    gguf = read("engine")["runs"][0]["bytes"]
+    gguf = next(r["bytes"] for r in read("engine")["runs"] if r["type"] == "tq2_0")
     starts = {r["flags"]: r["loss"] for r in read("smollm2_starts")["starts"]}
     printed = json.loads((HERE / "runs.jsonl").read_text().splitlines()[0])["printed"]
     float32 = float(re.search(r"packed, (\S+) in float32", printed)[1].replace(",", ""))
     panels: dict[str, tuple[int, dict[str, float]]] = {  # decimals, bars
         "Size, MB": (1, {
             "float32": float32 / 1e6,
-            "the original in 4 bits": TEACHER_BYTES / 1e6,
+            "the original, 4 bits": TEACHER_BYTES / 1e6,
             "student, GGUF": gguf / 1e6,
-            "student, packed": run["file_bytes"] / 1e6,
+            "student, our format": run["file_bytes"] / 1e6,
         }),
         "Tokens a second in llama.cpp": (1, {
             "float32": speed["f32"],
-            "student, GGUF": speed["q4_0"],
+            "4 bits": speed["q4_0"],
+            "student, GGUF": speed["tq2_0"],
         }),
         "Loss, nats a token": (2, {
-            "the original": run["teacher"],
+            "the original, 4 bits": run["teacher"],
             "rounded": starts["--calibrate=false"],
             "calibrated": starts["--calibrate"],
             "trained": run["loss"],
@@ -49,7 +52,7 @@ def main() -> None:
     figure = Figure(figsize=(10, 2.3), layout="constrained")
     for ax, (title, (digits, bars)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         names, values = list(bars), list(bars.values())
-        original = [n in ("float32", "the original") for n in names]
+        original = [n == "float32" or n.startswith("the original") for n in names]
         good = [n == "trained" or n.startswith("student") for n in names]
         colours = [INK if o else STRONG if g else PALE for o, g in zip(original, good, strict=True)]
         drawn = ax.barh(names, values, color=colours, height=0.62)

@@ -226,7 +226,7 @@ def save_packed(
     if files is not None:
         members["tokenizer"] = as_bytes(files)
     members.update({k: np.concatenate(v) for k, v in streams.items()})
-    atomic_write(path, lambda f: _write(f, members))
+    atomic_write(path, lambda f: write_members(f, members))
     with zipfile.ZipFile(path) as z:
         sizes = {i.filename.removesuffix(".npy"): i.compress_size for i in z.infolist()}
     weights = {k: sum(math.prod(e["shape"]) for e in entries if e["encoding"] == k) for k in CODED}
@@ -247,8 +247,8 @@ def save_packed(
     )
 
 
-def _write(file: IO[bytes], members: dict[str, np.ndarray]) -> None:
-    """As `np.savez_compressed` does, but for some members' compression."""
+def write_members(file: IO[bytes], members: dict[str, np.ndarray]) -> None:
+    """The zip of a packed file, as `np.savez_compressed` writes it but for IN_BZIP2."""
     with zipfile.ZipFile(file, "w") as z:
         for name, array in members.items():
             info = zipfile.ZipInfo(f"{name}.npy")  # its date is fixed: equal files for equal models
