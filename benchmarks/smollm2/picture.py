@@ -28,6 +28,9 @@ def main() -> None:
     speed = {r["type"]: r["tokens_a_second"] for r in shapes}
     gguf = next(r["bytes"] for r in read("engine")["runs"] if r["type"] == "tq2_0")
     starts = {r["flags"]: r["loss"] for r in read("smollm2_starts")["starts"]}
+    types = [r for r in read("llama_types")["models"] if r["model"] == "iq2_xxs"]
+    rival = next(r for r in types if r["dear_in_4_bits"])["texts"]["documentation"]["loss"]
+    packed = json.loads((HERE / "written_anew.json").read_text())[0]["bytes"]
     printed = json.loads((HERE / "runs.jsonl").read_text().splitlines()[0])["printed"]
     float32 = float(re.search(r"packed, (\S+) in float32", printed)[1].replace(",", ""))
     panels: dict[str, tuple[int, dict[str, float]]] = {  # decimals, bars
@@ -35,7 +38,7 @@ def main() -> None:
             "float32": float32 / 1e6,
             "the original, 4 bits": TEACHER_BYTES / 1e6,
             "student, GGUF": gguf / 1e6,
-            "student, our format": run["file_bytes"] / 1e6,
+            "student, our format": packed / 1e6,
         }),
         "Tokens a second in llama.cpp": (1, {
             "float32": speed["f32"],
@@ -45,11 +48,12 @@ def main() -> None:
         "Loss, nats a token": (2, {
             "the original, 4 bits": run["teacher"],
             "rounded": starts["--calibrate=false"],
+            "llama.cpp's IQ2_XXS": rival,
             "calibrated": starts["--calibrate"],
             "trained": run["loss"],
         }),
     }  # fmt: skip
-    figure = Figure(figsize=(10, 2.3), layout="constrained")
+    figure = Figure(figsize=(10, 2.6), layout="constrained")
     for ax, (title, (digits, bars)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         names, values = list(bars), list(bars.values())
         original = [n == "float32" or n.startswith("the original") for n in names]
@@ -57,9 +61,11 @@ def main() -> None:
         colours = [INK if o else STRONG if g else PALE for o, g in zip(original, good, strict=True)]
         drawn = ax.barh(names, values, color=colours, height=0.62)
         unit = 10**digits
-        shown = [math.ceil(v * unit) / unit if "Loss" in title else v for v in values]
+        up = [math.ceil(v * unit) / unit for v in values]  # ours, where less is better
+        ours = [n in ("calibrated", "trained") for n in names]
+        shown = [u if o else v for u, o, v in zip(up, ours, values, strict=True)]
         ax.bar_label(drawn, [f"{v:.{digits}f}" for v in shown], padding=3, color=INK)
-        ax.set_ylim(-0.6, 3.6)
+        ax.set_ylim(-0.6, 4.6)
         ax.set_xlim(0, 1.18 * max(values))
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         ax.invert_yaxis()
