@@ -48,7 +48,7 @@ PROMPT = list(range(8))
 DEAR = tuple(f"self_attn.{name}" for name in ("o_proj", "q_proj", "v_proj", "k_proj"))
 
 
-def student(shape: dict[str, Any], embedding_bits: int = 8) -> Packed:
+def student(shape: dict[str, Any], embedding_bits: int = 4) -> Packed:
     """A packed student of random codes."""
     rng = np.random.default_rng(0)
     width, inner, layers = (
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--embedding_bits", type=int, choices=(8, 4), default=8)
+    parser.add_argument("--embedding_bits", type=int, choices=(4, 8), default=4)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     o = parser.parse_args()
     log = RunLog(HERE / "runs.jsonl")
