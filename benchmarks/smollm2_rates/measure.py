@@ -32,7 +32,7 @@ START = "--hybrid"  # a calibrated start, with all of its defaults
 EPOCHS = 4  # after each, eight windows are validated
 #: AdamW's settings in the order of their tuning, and the values that are tried.
 GRID: dict[str, tuple[str, ...]] = {
-    "--lr": ("2.5e-4", "5e-4", "1.25e-4"),
+    "--lr": ("5e-4", "2.5e-4", "1e-3", "2e-3"),
     "--momentum": ("0.9", "0.6", "0.8"),
     "--weight_decay": ("0.01", "0"),
     "--lr_schedule": ("linear", "cosine", "wsd"),
