@@ -216,6 +216,8 @@ def test_zeros_change_nothing(tmp_path, kind, more):
         assert w.ndim < 2 or w.shape[1] % 256 == 0, name
     weights = [sum(p.numel() for p in m.net.parameters()) for m in (model, wide)]
     assert counted == weights[1] / weights[0]
+    hint = "--type tq2_0 fills them with zeros" in choose_type(found, None)[1]
+    assert hint == (counted <= gguf_file.MOST_PADDING)
     ids = torch.arange(40)[None] * 7 % 300
     with torch.no_grad():
         ours, theirs = (m.double()(ids).logits for m in (model, wide))
@@ -428,6 +430,7 @@ def test_a_run_exports(tmp_path, text_file, capsys):
     assert distillation.main(words) == 0
     out = capsys.readouterr().out
     assert "Low-bit weights are Q4_0: exact, and tq2_0 needs rows of a multiple of 256" in out
+    assert "--type tq2_0 fills them" not in out  # rows of 64 would be four times as long
     assert list((tmp_path / "o").glob("*.gguf"))
     assert distillation.main([*words[2:], "--teacher", "embedded"]) == 2
     assert "student of bytes" in capsys.readouterr().err

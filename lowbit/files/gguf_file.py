@@ -3,7 +3,7 @@
 Codes and scales go into the format's blocks as they are, without rounding once more:
 
     TQ2_0   256 weights, 2 bits each and a float16 scale: ternary, rows that 256 divides or that
-            zeros make so (`lowbit.files.padding`), for SmolLM2 no faster than Q4_0
+            zeros make so (`lowbit.files.padding`)
     TQ1_0   the same in 1.69 bits, slower to read
     Q4_0    32 weights, 4 bits each and a float16 scale: a code c is written as c + 8; also what the
             student holds in 4 bits
@@ -160,6 +160,10 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
         raise UserError(f"rows of {odd['q4_0'][0]} weights fit no block of GGUF (32 divide them)")
     size = TYPES[best][0]
     why = f"exact, and {best} needs rows of a multiple of {size}, not of {odd[best][0]}"
+    if best in PADDED and found.of_transformers:
+        zeros = padding(found.config["transformers"], size)
+        if zeros.growth(found) <= MOST_PADDING:
+            why += f" (lowbit.export --type {best} fills them with zeros: smaller)"
     return "q4_0", why, None
 
 
