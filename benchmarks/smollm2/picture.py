@@ -37,32 +37,33 @@ def main() -> None:
         "Size, MB": (1, {
             "float32": float32 / 1e6,
             "the original, 4 bits": TEACHER_BYTES / 1e6,
-            "student, GGUF": gguf / 1e6,
+            "student, TQ2_0": gguf / 1e6,
             "student, our format": packed / 1e6,
         }),
         "Tokens a second in llama.cpp": (1, {
             "float32": speed["f32"],
-            "4 bits": speed["q4_0"],
-            "student, GGUF": speed["tq2_0"],
+            "4 bits, Q4_0": speed["q4_0"],
+            "student, TQ2_0": speed["tq2_0"],
         }),
         "Loss, nats a token": (2, {
             "the original, 4 bits": run["teacher"],
             "rounded": starts["--calibrate=false"],
-            "llama.cpp's IQ2_XXS": rival,
+            "IQ2_XXS": rival,
             "calibrated": starts["--calibrate"],
             "trained": run["loss"],
         }),
     }  # fmt: skip
     figure = Figure(figsize=(10, 2.6), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr, call-arg]
     for ax, (title, (digits, bars)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         names, values = list(bars), list(bars.values())
-        original = [n == "float32" or n.startswith("the original") for n in names]
+        original = [n.startswith(("float32", "the original", "4 bits")) for n in names]
         good = [n == "trained" or n.startswith("student") for n in names]
         colours = [INK if o else STRONG if g else PALE for o, g in zip(original, good, strict=True)]
         drawn = ax.barh(names, values, color=colours, height=0.62)
         unit = 10**digits
         up = [math.ceil(v * unit) / unit for v in values]  # ours, where less is better
-        ours = [n in ("calibrated", "trained") for n in names]
+        ours = [g and "Tokens" not in title for g in good]
         shown = [u if o else v for u, o, v in zip(up, ours, values, strict=True)]
         ax.bar_label(drawn, [f"{v:.{digits}f}" for v in shown], padding=3, color=INK)
         ax.set_ylim(-0.6, 4.6)
