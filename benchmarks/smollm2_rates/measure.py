@@ -1,5 +1,5 @@
 """The hybrid and tuned AdamW from one calibrated start of SmolLM2:
-python benchmarks/smollm2_rates/measure.py [--steps 20 60]
+python benchmarks/smollm2_rates/measure.py [--steps 20 60 200]
 
 The student is calibrated once; every run then trains a copy of it with the same objective. AdamW
 is tuned at the first number of steps, one setting after another, each from the best so far; at
@@ -105,7 +105,7 @@ def tuned(runs: Runs, steps: int, best: dict[str, str]) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 60])
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 60, 200])
     steps = parser.parse_args().steps
     runs, table = Runs(), []
     best = {name: values[0] for name, values in GRID.items()}
