@@ -1714,7 +1714,6 @@ class Guidance:
             self.network.load_training_state(copy.deepcopy(state["network"]))
 
 
-#: What `HybridOptimizer` starts from, by where the weights come from (EXPERIMENTS.md).
 class FineTuningGuidance(Guidance):
     """Steers kappa to one value, and looks at every step while it does.
 
@@ -1735,6 +1734,7 @@ class FineTuningGuidance(Guidance):
         return super().observed(math.copysign(1.0, before), ratio)
 
 
+#: What `HybridOptimizer` starts from, by where the weights come from (EXPERIMENTS.md).
 _FROM_SCRATCH = {
     "lr": 6e-3,
     "momentum": 0.8,
@@ -2570,7 +2570,7 @@ class HybridOptimizationManager:
         """Restore `state_dict`, which is copied. model: what the steps before saving moved; may be
         left out where this manager has stepped it already. Raises ValueError where it is missing.
         """
-        model = self._model if model is None else getattr(model, "_orig_mod", model)
+        model = self._model if model is None else model
         if state["plain"]["parameter_labels"]:
             if model is None:
                 raise ValueError("load_state_dict: steps were taken before saving; pass the model")

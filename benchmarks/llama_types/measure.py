@@ -14,6 +14,7 @@ import ctypes
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,25 @@ from gguf import GGMLQuantizationType as Type
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-import distillation  # noqa: E402
-from lowbit.models.interface import hooked  # noqa: E402
+from lowbit.models.interface import LanguageModel, noted  # noqa: E402
 from lowbit.models.teacher import load_teacher  # noqa: E402
 from lowbit.models.transformers_lm import TransformersLM, clone  # noqa: E402
 from lowbit.options import parse_options  # noqa: E402
 from lowbit.quantization.layers import block_layers, hold  # noqa: E402
-from lowbit.text.corpus import evenly, load_corpus  # noqa: E402
-from lowbit.training.preparation import choose_dtype, some_text  # noqa: E402
+from lowbit.text.corpus import load_corpus  # noqa: E402
+from lowbit.training.preparation import (  # noqa: E402
+    choose_dtype,
+    choose_more_bits,
+    settle,
+    some_text,
+)
 from lowbit.training.validation import Reference, batch_of  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
+from studies.held_out import spread, validated  # noqa: E402
 
-WINDOWS, LENGTH = 32, 256
+WINDOWS = 32
 GROUP = 256  # weights that share scales, in these types
-TYPES = ("q4_0", "q3_k", "q2_k", "iq3_xxs", "iq2_xxs", "iq2_xs", "iq1_m")
+TYPES = ("q4_0", "q3_k", "q2_k", "iq3_xxs", "iq2_xxs", "iq2_xs")
 DEAR = Type.Q4_0  # of the matrices that a student has in 4 bits
 
 
@@ -76,91 +82,73 @@ def rounded(weight: torch.Tensor, power: torch.Tensor, kind: Type, quantize: Any
 
 
 @torch.no_grad()
-def input_powers(model: TransformersLM, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def input_powers(model: TransformersLM, batches: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """Mean square over tokens of each column that a layer of the blocks reads."""
-    layers = block_layers(model)
-    sums = {n: torch.zeros(m.in_features, dtype=torch.float64) for n, m in layers.items()}
-
-    def noting(name: str) -> Any:
-        def note(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
-            sums[name] += inputs[0].flatten(0, -2).double().square().sum(0)
-
-        return note
-
-    with hooked(m.register_forward_pre_hook(noting(n)) for n, m in layers.items()):
-        for ids in batches:
+    sums: dict[str, torch.Tensor] = {}
+    for ids in batches:
+        with noted(block_layers(model), lambda inputs, _: squares(inputs[0])) as found:
             model.features(ids)
+        sums = {n: sums.get(n, 0) + s for n, s in found.items()}
     return {n: s / sum(ids.numel() for ids in batches) for n, s in sums.items()}
+
+
+def squares(x: torch.Tensor) -> torch.Tensor:
+    """(B, T, I) -> (I,), float64: sums over tokens."""
+    return x.flatten(0, -2).double().square().sum(0)
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--student", type=Path, help="the default student, 140 steps")
-    # The last two take an hour and more on a core.
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES[:-2])
+    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
     o = parser.parse_args()
     device = torch.device("cpu")
     teacher, tokenizer = load_teacher("smollm2")[:2]
     assert isinstance(teacher, TransformersLM)
-    dtype = choose_dtype(device, teacher)
-    code = load_corpus([str(Path(sklearn.__file__).parent)], LENGTH, tokenizer)
+    run = parse_options(["--hybrid", "--ternary", "--qat", "--teacher", "smollm2"])
+    settle(run, teacher, tokenizer)
+    corpus = load_corpus([], run.seq_len, tokenizer)
+    code = Path(sklearn.__file__).parent
     texts = {
-        "documentation": load_corpus([], LENGTH, tokenizer).held_out(WINDOWS),
-        "source code": code.take(evenly(np.arange(len(code.train)), WINDOWS)),
+        "documentation": corpus.held_out(WINDOWS),
+        "source code": spread(code, tokenizer, WINDOWS, run.seq_len),
     }
+    dtype = choose_dtype(device, teacher)
     references = {n: Reference(teacher, w, device, dtype) for n, w in texts.items()}
     log = RunLog(HERE / "runs.jsonl")
 
-    def validated(key: dict[str, Any], model: Any, **more: Any) -> None:
-        found = {n: r.validate(model) for n, r in references.items()}
-        log.append(
-            {
-                **key,
-                **more,
-                "texts": {
-                    n: {
-                        "teacher": references[n].teacher_loss,
-                        "loss": v.loss,
-                        "loss_error": v.error,
-                        "kl": v.kl,
-                    }
-                    for n, v in found.items()
-                },
-                **machine(),
-            }
-        )
-        print(key, more, {n: (round(v.loss, 3), round(v.kl, 3)) for n, v in found.items()})
+    def measure(key: dict[str, Any], model: LanguageModel, **more: Any) -> None:
+        rows = validated(references, model)
+        log.append({**key, **more, "texts": rows, **machine()})
+        print(key, more, {n: (round(r["loss"], 3), round(r["kl"], 3)) for n, r in rows.items()})
 
     if o.student and not log.find({"model": "student"}):
-        validated({"model": "student"}, load_teacher(str(o.student))[0])
+        measure({"model": "student"}, load_teacher(str(o.student))[0])
 
-    plan = "--hybrid --ternary --qat --teacher smollm2 --calibrate=false"
-    setup = distillation.set_up(parse_options(plan.split()), print)
-    dear = set(setup.more_bits)
-    ids = batch_of(some_text(setup.options, setup.corpus, setup.options.calibration_tokens), device)
-    powers = input_powers(teacher, [*ids[0].split(8)])
-    quantize = ggml()
+    dear = choose_more_bits(run, teacher, corpus)
+    ids = batch_of(some_text(run, corpus, run.calibration_tokens), device)[0]
+    powers = input_powers(teacher, ids.split(8))
+    originals, quantize = block_layers(teacher), ggml()
+    sizes = {n: m.weight.numel() for n, m in originals.items()}
     for name in o.types:
         if log.find({"model": name, "dear_in_4_bits": False}):
             continue
         model = clone(teacher).requires_grad_(False)
         hold(model.embedding, 4)
         layers, bits = block_layers(model), {}
-        sizes = {n: m.weight.numel() for n, m in layers.items()}
-        for kept in (False, True):  # all matrices, then those again that a student has in 4 bits
-            if kept and Type[name.upper()] == DEAR:
+        parts = {False: (Type[name.upper()], list(layers)), True: (DEAR, dear)}
+        for kept, (kind, names) in parts.items():  # the second changes what the first made
+            if kept and kind == parts[False][0]:
                 continue
             began = time.perf_counter()
-            kind = DEAR if kept else Type[name.upper()]
             block, size = gguf.GGML_QUANT_SIZES[kind]
-            for n in dear if kept else layers:
-                original = block_layers(teacher)[n].weight
-                layers[n].weight.copy_(rounded(original, powers[n], kind, quantize))
+            for n in names:
+                layers[n].weight.copy_(rounded(originals[n].weight, powers[n], kind, quantize))
                 bits[n] = 8 * size / block
             mean = sum(bits[n] * sizes[n] for n in sizes) / sum(sizes.values())
             key = {"model": name, "dear_in_4_bits": kept}
-            validated(key, model, bits=mean, seconds=time.perf_counter() - began)
+            measure(key, model, bits=mean, seconds=time.perf_counter() - began)
     (HERE / "summary.json").write_text(
         json.dumps({"models": log.runs, **machine()}, indent=1) + "\n"
     )

@@ -12,7 +12,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import sklearn
 import torch
 
@@ -20,11 +19,12 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from lowbit.models.teacher import load_teacher  # noqa: E402
-from lowbit.text.corpus import evenly, load_corpus  # noqa: E402
+from lowbit.text.corpus import load_corpus  # noqa: E402
 from lowbit.text.self_written import written_by  # noqa: E402
 from lowbit.training.preparation import choose_dtype  # noqa: E402
 from lowbit.training.validation import Reference  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
+from studies.held_out import spread, validated  # noqa: E402
 
 WINDOWS, LENGTH = 32, 256
 CHAT_TOKENS, CHAT_SEED = 24_000, 1  # students that train on such chats do so with seed 0
@@ -40,32 +40,22 @@ def main() -> None:
     dtype = choose_dtype(device, teacher)
     chats = written_by(teacher, tokenizer, CHAT_TOKENS, seed=CHAT_SEED, dtype=dtype)
 
-    def spread(path: str) -> np.ndarray:
-        corpus = load_corpus([path], LENGTH, tokenizer)
-        return corpus.take(evenly(np.arange(len(corpus.train)), WINDOWS))
-
     texts = {
         "documentation of the standard library, held out": load_corpus(
             [], LENGTH, tokenizer
         ).held_out(WINDOWS),
-        "source code of scikit-learn": spread(str(Path(sklearn.__file__).parent)),
-        f"chats that the teacher wrote, seed {CHAT_SEED}": spread(str(chats)),
+        "source code of scikit-learn": spread(
+            Path(sklearn.__file__).parent, tokenizer, WINDOWS, LENGTH
+        ),
+        f"chats that the teacher wrote, seed {CHAT_SEED}": spread(
+            chats, tokenizer, WINDOWS, LENGTH
+        ),
     }
     references = {n: Reference(teacher, w, device, dtype) for n, w in texts.items()}
     log = RunLog(HERE / "runs.jsonl")
     for name, path in zip(o.names, o.students, strict=True):
-        student = load_teacher(str(path))[0]
-        rows = {}
-        for text, reference in references.items():
-            found = reference.validate(student)
-            rows[text] = {
-                "windows": len(reference.windows),
-                "teacher": reference.teacher_loss,
-                "loss": found.loss,
-                "loss_error": found.error,
-                "kl": found.kl,
-            }
-            print(name, text, rows[text], flush=True)
+        rows = validated(references, load_teacher(str(path))[0])
+        print(name, rows, flush=True)
         log.append(
             {"student": name, "scikit-learn": sklearn.__version__, "texts": rows, **machine()}
         )

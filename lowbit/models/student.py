@@ -83,7 +83,6 @@ def make_student(o: argparse.Namespace, teacher: LanguageModel) -> LanguageModel
     return student
 
 
-@torch.no_grad()
 def with_ends_of(teacher: TransformersLM, student: TransformersLM) -> TransformersLM:
     """The student with the teacher's embedding and head, copied: `quantize_model` freezes them, and
     random ones would stay random."""
