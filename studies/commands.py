@@ -41,7 +41,7 @@ def measured(words: Sequence[str], *, output: str | None = "--output_dir") -> di
                 rows = list(csv.DictReader(f))
     return {
         "command": " ".join(["python", *words]),
-        "exit": status,
+        "exit": os.waitstatus_to_exitcode(status),
         "seconds": seconds,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
         "printed": printed.replace(folder, "student"),
