@@ -18,11 +18,16 @@ from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import clone, hold_linears
 from lowbit.options import parse_options
 from lowbit.quantization import layers
-from lowbit.quantization.layers import low_bit_layers, quantize_model, rounded_once
+from lowbit.quantization.layers import (
+    fix_high_bits,
+    low_bit_layers,
+    quantize_model,
+    rounded_once,
+)
 from lowbit.text.corpus import load_corpus
 from lowbit.text.tokenizers import UNCOUNTED, TeacherTokenizer
 from lowbit.training.baselines import Baseline
-from lowbit.training.estimate import choose_passes, halved
+from lowbit.training.estimate import choose_passes, halved, trained_weights, weights
 from lowbit.training.losses import IGNORED, distillation_objective
 from lowbit.training.step import make_step
 from lowbit.training.validation import Reference, batch_of, counted_tokens
@@ -47,6 +52,19 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(folder) -> TeacherTokenizer:
     return load_teacher(str(folder))[1]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_the_weights_that_memory_is_counted_for_are_those_that_train(tmp_path, kind):
+    """Of a tied and of an untied head."""
+    teacher, _ = load_teacher(str(tiny_folder(tmp_path / kind, kind)))
+    student = clone(teacher)
+    names = ["0.mlp.up_proj", "2.self_attn.k_proj"]
+    quantize_model(student, "ternary", more=names, high_bits=4, embedding_bits=4)
+    fix_high_bits(student)
+    dear = 64 * 96 + 64 * 32
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    assert trained_weights(teacher, 1 - dear / weights(teacher.blocks)) == trained
 
 
 def chats(path: Path, n: int = 60) -> Path:

@@ -17,7 +17,14 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 from benchmarks.estimates.shapes import SHAPES, config  # noqa: E402
 from lowbit.models.transformers_lm import from_config  # noqa: E402
-from lowbit.training.estimate import GIB, memory_needed, weights  # noqa: E402
+from lowbit.quantization.layers import NOMINAL  # noqa: E402
+from lowbit.quantization.precision import share_of_high  # noqa: E402
+from lowbit.training.estimate import (  # noqa: E402
+    GIB,
+    memory_needed,
+    trained_weights,
+    weights,
+)
 from studies.bench import machine  # noqa: E402
 
 PASS = 1024  # tokens, the default on a CPU
@@ -28,7 +35,7 @@ def main() -> None:
     for name in SHAPES:
         with torch.device("meta"):
             model = from_config(config(name))
-        trained = weights(model) - weights(model.embedding)
+        trained = trained_weights(model, 1 - share_of_high(NOMINAL["ternary"], 4, 2.0))
         gib = {
             recomputes: memory_needed(model, PASS, trained=trained, recomputes=recomputes, held=2)
             / GIB

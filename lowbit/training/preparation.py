@@ -48,6 +48,7 @@ from lowbit.training.estimate import (
     memory_available,
     memory_needed,
     seconds_a_token,
+    trained_weights,
     weights,
 )
 from lowbit.training.parallel import ALONE, World
@@ -281,12 +282,10 @@ def plan(
     device = teacher.embedding.weight.device
     dtype = choose_dtype(device, teacher)
     held = dtype.itemsize if dtype else 4
-    blocks = weights(teacher.blocks)
-    left = (o.student_layers or len(teacher.blocks)) / len(teacher.blocks)
-    trained = int(weights(teacher) - weights(teacher.embedding) - (1 - left) * blocks)
+    share = (o.student_layers or len(teacher.blocks)) / len(teacher.blocks)
     if o.freeze_high_bits and o.target_bits is not None:
-        share = share_of_high(NOMINAL[o.mode], o.high_bits, o.target_bits)
-        trained -= int(left * blocks * share)
+        share *= 1 - share_of_high(NOMINAL[o.mode], o.high_bits, o.target_bits)
+    trained = trained_weights(teacher, share)
     # The teacher is in memory already. Processes on CPUs share theirs.
     sharers = world.beside if device.type == "cpu" else 1
     available = memory_available(device) / sharers + 4 * weights(teacher)
