@@ -1233,7 +1233,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         params = [p for p, *_ in live]
         rates = [lr_scale * float(group["lr"]) for *_, group in live]
         decays = [
-            cap * rate * group["weight_decay"]
+            cap * rate * self._mixture(group)[1]
             for rate, (*_, group) in zip(rates, live, strict=True)
         ]
         moves: list[tuple[_Bucket, slice, Tensor, Tensor]] = []
@@ -1441,6 +1441,10 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
             found.setdefault(key, []).append(i)
         return list(found.values())
 
+    def _mixture(self, group: dict[str, Any]) -> tuple[float, float]:
+        """A group's momentum and weight decay for the step to come."""
+        return float(group["momentum"]), float(group["weight_decay"])
+
     def _direction(
         self, bucket: _Bucket, order: int, keep: Tensor | None, left: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -1458,7 +1462,7 @@ class ConstrainedOptimizer(torch.optim.Optimizer):
         g = g.float() if left is None else _scaled(g, left.to(g.device))
         for state in bucket.states:
             state["step"] = state.get("step", 0) + 1
-        t, beta = bucket.states[0]["step"], group["momentum"]
+        t, beta = bucket.states[0]["step"], self._mixture(group)[0]
         mean = bucket.follow("mean", g, 1 - beta, keep)
         # Nesterov's look-ahead beta mean / (1 - beta^t) + (1 - beta) g, up to its factor.
         factor = beta / (1 - beta**t)
@@ -1602,6 +1606,7 @@ class Guidance:
     KAPPA_RATE = 0.2  # of the running means whose ratio is kappa
     GROW_ABOVE = 0.3  # kappa; see EXPERIMENTS.md
     GAIN = 0.4  # decades an observation, for each unit of kappa beyond the two limits
+    SWINGS = (-0.4, -0.7)  # kappa where steps begin to count as swings, and where they wholly do
     LONGEST = 0.14  # kappa grows no wanted length beyond this (or a longer step_length)
     SHORTEST = 0.2  # of step_length: below it kappa shrinks no wanted length
     GUIDED = 0.3  # share of the run after which the length is left to the schedule
@@ -1627,6 +1632,12 @@ class Guidance:
     def observed(self, before: float, after: float) -> tuple[float, float]:
         """Running means of the slope before a step and after it, whose ratio is kappa."""
         return self.descent.update(before), self.curved.update(after)
+
+    @property
+    def swing(self) -> float:
+        """How far steps swing across valleys, by kappa: 0 where noise hides it, to 1."""
+        first, last = self.SWINGS
+        return min(max((self.kappa - first) / (last - first), 0.0), 1.0)
 
     def describe(self, loss: float, norm: float, cluster_id: int, step: int) -> TrainingState:
         """A step in numbers, which join the running means where they are finite."""
@@ -1781,6 +1792,11 @@ class HybridOptimizer(ConstrainedOptimizer):
     Statistics of BatchNorm are not averaged: `torch.optim.swa_utils.update_bn` after `eval` makes
     them anew.
 
+    Swings. Where gradients have little noise, steps of a good length swing across the valleys of
+    the loss. The more they do (`Guidance.swing`), the nearer momentum comes to STEADY, in which
+    swings cancel, and the less weights decay, down to a fifth. Each only where it was not given,
+    from scratch and guided.
+
     Guidance is `Guidance`: it needs no loss, but is shown one by a closure or by `observe`. Its
     multiplier is of step_length, so the size of lr does not matter: its course does, and how rates
     of groups compare. What was used is group["guided_lr"]; group["lr"] is never written.
@@ -1795,6 +1811,8 @@ class HybridOptimizer(ConstrainedOptimizer):
     WINDOW = 9  # the mean is of about 1 / WINDOW of the steps
     LONGEST_WARMUP = 100  # steps
     OVERTIME = 0.5  # of the rate, just after max_steps
+    STEADY = 0.95  # momentum where steps do nothing but swing
+    LIGHT = 0.2  # share of the weight decay that is left there
 
     def __init__(
         self,
@@ -1835,6 +1853,7 @@ class HybridOptimizer(ConstrainedOptimizer):
             )
         kind = FineTuningGuidance if pretrained else Guidance
         self.guidance = kind(network, min(step_length or nominal, longest))
+        self._eased = () if pretrained else tuple({"momentum", "weight_decay"} - options.keys())
         self.steps = 0  # taken or skipped
         self._moved = 0  # of them those that moved something
         self._ending: tuple[int, int] | None = None  # from which step, over how many
@@ -1850,7 +1869,7 @@ class HybridOptimizer(ConstrainedOptimizer):
     # An optimiser is copied and pickled by what torch names, plus this.
     _OWN = ("max_steps", "warmup_fraction", "guidance", "steps", "_moved", "_ending", "_loss",
             "_known_lr", "_peak", "_outer", "_scheduled", "_by_length", "_average",
-            "_averaged")  # fmt: skip
+            "_averaged", "_eased")  # fmt: skip
     _known_lr, steps = 0.0, 0  # before there are any
     _STATE_BYTES = 1 << 16  # always as many: a checkpoint is read into what a fresh optimiser holds
 
@@ -1916,6 +1935,15 @@ class HybridOptimizer(ConstrainedOptimizer):
             return lr / self._peak, 1.0
         share = self.schedule(self.steps)
         return share * lr / self._known_lr, share
+
+    def _mixture(self, group: dict[str, Any]) -> tuple[float, float]:
+        momentum, decay = super()._mixture(group)
+        swing = self.guidance.swing
+        if "momentum" in self._eased and momentum == self.defaults["momentum"]:
+            momentum += (self.STEADY - momentum) * swing
+        if "weight_decay" in self._eased and decay == self.defaults["weight_decay"]:
+            decay *= 1 - (1 - self.LIGHT) * swing
+        return momentum, decay
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

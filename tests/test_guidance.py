@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -107,3 +108,70 @@ def test_adapters_are_made(pretrained, trained):
         HybridOptimizer(model, pretrained=pretrained)
     assert len(found) == (pretrained and trained)
     assert all("adapters" in str(w.message) for w in found)
+
+
+@pytest.mark.parametrize(
+    ("kappa", "swing"), [(0.9, 0), (0.0, 0), (-0.4, 0), (-0.55, 0.5), (-0.7, 1), (-3.0, 1)]
+)
+@pytest.mark.parametrize(
+    ("options", "eases"),
+    [({}, "both"), ({"momentum": 0.8}, "decay"), ({"weight_decay": 0.5}, "momentum"),
+     ({"momentum": 0.8, "weight_decay": 0.5}, ""), ({"pretrained": True}, "")],
+)  # fmt: skip
+def test_swings_raise_momentum_and_lower_decay(kappa, swing, options, eases):
+    """Up to 0.95, down to a fifth; what was given stays, and so does what is not decayed."""
+    optimizer = HybridOptimizer(nn.Linear(2, 2), **options)
+    optimizer.guidance.kappa = kappa
+    for group in optimizer.param_groups:
+        momentum, decay = group["momentum"], group["weight_decay"]
+        assert decay == (optimizer.defaults["weight_decay"] if group["kind"] == "matrix" else 0)
+        if eases in ("both", "momentum"):
+            momentum += (0.95 - momentum) * swing
+        if eases in ("both", "decay"):
+            decay *= 1 - 0.8 * swing
+        assert optimizer._mixture(group) == pytest.approx((momentum, decay))
+
+
+def steps_on_a_valley(optimizer: HybridOptimizer, model: nn.Module) -> list[torch.Tensor]:
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    for _ in range(20):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), x.square()).backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def test_steps_that_swing_are_those_of_more_momentum_and_less_decay(monkeypatch):
+    monkeypatch.setattr(Guidance, "swing", 1.0)
+    found = []
+    for options in ({}, {"momentum": 0.95, "weight_decay": 0.1}, {"momentum": 0.8}):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6))
+        found.append(steps_on_a_valley(HybridOptimizer(model, 20, **options), model))
+    torch.testing.assert_close(found[0], found[1])
+    assert not torch.allclose(found[0][0], found[2][0], rtol=1e-3)
+
+
+def test_groups_with_numbers_of_their_own_keep_them():
+    layer = nn.Linear(2, 2)
+    groups = [
+        {"params": [layer.weight], "momentum": 0.7, "weight_decay": 0.2},
+        {"params": [layer.bias]},
+    ]
+    optimizer = HybridOptimizer(groups)
+    optimizer.guidance.kappa = -1.0
+    assert optimizer._mixture(optimizer.param_groups[0]) == (0.7, 0.2)
+    assert optimizer._mixture(optimizer.param_groups[1]) == pytest.approx((0.95, 0))
+
+
+def test_a_copy_and_a_resumed_run_swing_alike():
+    torch.manual_seed(0)
+    model = nn.Linear(6, 6)
+    optimizer = HybridOptimizer(model, 40)
+    steps_on_a_valley(optimizer, model)
+    optimizer.guidance.kappa = -0.5
+    again = HybridOptimizer(nn.Linear(6, 6), 40)
+    again.load_state_dict(optimizer.state_dict())
+    for other in (copy.deepcopy(optimizer), again):
+        for a, b in zip(other.param_groups, optimizer.param_groups, strict=True):
+            assert other._mixture(a) == optimizer._mixture(b)
