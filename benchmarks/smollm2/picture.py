@@ -26,39 +26,43 @@ def main() -> None:
         if r["shape"] == "smollm2-135m" and r["embedding_bits"] == 4
     ]
     speed = {r["type"]: r["tokens_a_second"] for r in shapes}
-    gguf = next(r["bytes"] for r in read("engine")["runs"] if r["type"] == "tq2_0")
+    gguf = {r["type"]: r["bytes"] for r in read("engine")["runs"]}
     starts = {r["flags"]: r["loss"] for r in read("smollm2_starts")["starts"]}
-    types = [r for r in read("llama_types")["models"] if r["model"] == "iq2_xxs"]
-    rival = next(r for r in types if r["dear_in_4_bits"])["texts"]["documentation"]["loss"]
+    rivals = {
+        (r["model"], r.get("dear_in_4_bits")): r["texts"]["documentation"]["loss"]
+        for r in read("llama_types")["models"]
+    }
     packed = json.loads((HERE / "written_anew.json").read_text())[0]["bytes"]
     printed = json.loads((HERE / "runs.jsonl").read_text().splitlines()[0])["printed"]
     float32 = float(re.search(r"packed, (\S+) in float32", printed)[1].replace(",", ""))
     panels: dict[str, tuple[int, dict[str, float]]] = {  # decimals, bars
         "Size, MB": (1, {
             "float32": float32 / 1e6,
-            "the original, 4 bits": TEACHER_BYTES / 1e6,
-            "student, TQ2_0": gguf / 1e6,
+            "original, Q4_1": TEACHER_BYTES / 1e6,
+            "original, Q4_0": gguf["q4_0"] / 1e6,  # every matrix, of either, is in Q4_0
+            "student, TQ2_0": gguf["tq2_0"] / 1e6,
             "student, our format": packed / 1e6,
         }),
         "Tokens a second in llama.cpp": (1, {
             "float32": speed["f32"],
-            "4 bits, Q4_0": speed["q4_0"],
+            "original, Q4_0": speed["q4_0"],
             "student, TQ2_0": speed["tq2_0"],
         }),
         "Loss, nats a token": (2, {
-            "the original, 4 bits": run["teacher"],
+            "original, Q4_1": run["teacher"],
+            "Q3_K, 3.4 bits": rivals["q3_k", False],
+            "IQ2_XXS, 2.5 bits": rivals["iq2_xxs", True],
             "rounded": starts["--calibrate=false"],
-            "IQ2_XXS": rival,
             "calibrated": starts["--calibrate"],
-            "trained": run["loss"],
+            "student, 2.5 bits": run["loss"],
         }),
     }  # fmt: skip
-    figure = Figure(figsize=(10, 2.6), layout="constrained")
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15)  # type: ignore[union-attr, call-arg]
     for ax, (title, (digits, bars)) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         names, values = list(bars), list(bars.values())
-        original = [n.startswith(("float32", "the original", "4 bits")) for n in names]
-        good = [n == "trained" or n.startswith("student") for n in names]
+        original = [n.startswith(("float32", "original")) for n in names]
+        good = [n.startswith("student") for n in names]
         colours = [INK if o else STRONG if g else PALE for o, g in zip(original, good, strict=True)]
         drawn = ax.barh(names, values, color=colours, height=0.62)
         unit = 10**digits
@@ -66,7 +70,7 @@ def main() -> None:
         ours = [g and "Tokens" not in title for g in good]
         shown = [u if o else v for u, o, v in zip(up, ours, values, strict=True)]
         ax.bar_label(drawn, [f"{v:.{digits}f}" for v in shown], padding=3, color=INK)
-        ax.set_ylim(-0.6, 4.6)
+        ax.set_ylim(-0.6, 5.6)
         ax.set_xlim(0, 1.18 * max(values))
         ax.set_title(title, loc="left", fontsize=11, color=INK)
         ax.invert_yaxis()
