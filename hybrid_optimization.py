@@ -1606,7 +1606,8 @@ class Guidance:
     KAPPA_RATE = 0.2  # of the running means whose ratio is kappa
     GROW_ABOVE = 0.3  # kappa; see EXPERIMENTS.md
     GAIN = 0.4  # decades an observation, for each unit of kappa beyond the two limits
-    SWINGS = (-0.4, -0.7)  # kappa where steps begin to count as swings, and where they wholly do
+    SWINGS = (-0.4, -0.7)  # mean kappa where steps begin to swing, and where they do nothing else
+    SWING_RATE = 0.05  # of that mean: a few wild steps are no swings
     LONGEST = 0.14  # kappa grows no wanted length beyond this (or a longer step_length)
     SHORTEST = 0.2  # of step_length: below it kappa shrinks no wanted length
     GUIDED = 0.3  # share of the run after which the length is left to the schedule
@@ -1624,7 +1625,7 @@ class Guidance:
         self.descent, self.curved = _Running(self.KAPPA_RATE), _Running(self.KAPPA_RATE)
         self.promised: float | None = None  # <g_t, s_t> of the newest step
         self.proposal: float | None = None  # log10 of its length over the region's centre
-        self.kappa = 0.0
+        self.kappa, self.usual = 0.0, _Running(self.SWING_RATE)
         self.length = math.log10(step_length)  # wanted, at the schedule's peak
         self.peak = 0.0  # the largest base rate seen
         self.share = 1.0  # of the peak rate, by the schedule, at the newest step
@@ -1635,9 +1636,9 @@ class Guidance:
 
     @property
     def swing(self) -> float:
-        """How far steps swing across valleys, by kappa: 0 where noise hides it, to 1."""
+        """How far steps swing across valleys, by mean kappa: 0 where noise hides it, to 1."""
         first, last = self.SWINGS
-        return min(max((self.kappa - first) / (last - first), 0.0), 1.0)
+        return min(max((self.usual.mean - first) / (last - first), 0.0), 1.0)
 
     def describe(self, loss: float, norm: float, cluster_id: int, step: int) -> TrainingState:
         """A step in numbers, which join the running means where they are finite."""
@@ -1673,6 +1674,7 @@ class Guidance:
             self.promised = None
             if a < 0:
                 self.kappa = b / a
+                self.usual.update(min(max(self.kappa, -1.0), 1.0))
                 excess = max(self.kappa - self.GROW_ABOVE, 0.0)
                 excess += min(self.kappa - self.shrink_below, 0.0)
                 excess = min(max(excess, -0.5), 0.5)
@@ -1706,7 +1708,7 @@ class Guidance:
             optimizer.scale_regions(10.0 ** (0.5 * excess))
 
     _PLAIN = ("promised", "proposal", "kappa", "length", "peak", "share")
-    _AVERAGES = ("fast", "slow", "norm", "descent", "curved")
+    _AVERAGES = ("fast", "slow", "norm", "descent", "curved", "usual")
 
     def state_dict(self) -> dict[str, Any]:
         """In plain types and tensors."""

@@ -121,7 +121,7 @@ def test_adapters_are_made(pretrained, trained):
 def test_swings_raise_momentum_and_lower_decay(kappa, swing, options, eases):
     """Up to 0.95, down to a fifth; what was given stays, and so does what is not decayed."""
     optimizer = HybridOptimizer(nn.Linear(2, 2), **options)
-    optimizer.guidance.kappa = kappa
+    optimizer.guidance.usual.mean = kappa
     for group in optimizer.param_groups:
         momentum, decay = group["momentum"], group["weight_decay"]
         assert decay == (optimizer.defaults["weight_decay"] if group["kind"] == "matrix" else 0)
@@ -159,7 +159,7 @@ def test_groups_with_numbers_of_their_own_keep_them():
         {"params": [layer.bias]},
     ]
     optimizer = HybridOptimizer(groups)
-    optimizer.guidance.kappa = -1.0
+    optimizer.guidance.usual.mean = -1.0
     assert optimizer._mixture(optimizer.param_groups[0]) == (0.7, 0.2)
     assert optimizer._mixture(optimizer.param_groups[1]) == pytest.approx((0.95, 0))
 
@@ -169,9 +169,23 @@ def test_a_copy_and_a_resumed_run_swing_alike():
     model = nn.Linear(6, 6)
     optimizer = HybridOptimizer(model, 40)
     steps_on_a_valley(optimizer, model)
-    optimizer.guidance.kappa = -0.5
+    optimizer.guidance.usual.mean = -0.5
     again = HybridOptimizer(nn.Linear(6, 6), 40)
     again.load_state_dict(optimizer.state_dict())
     for other in (copy.deepcopy(optimizer), again):
         for a, b in zip(other.param_groups, optimizer.param_groups, strict=True):
             assert other._mixture(a) == optimizer._mixture(b)
+
+
+def test_a_few_wild_steps_are_no_swings():
+    """Kappa is counted as -1 at most, in a mean of about twenty observations."""
+    guidance = Guidance(AuxiliaryNeuralNetwork(), 0.12)
+    for _ in range(40):
+        lengthened(guidance, -0.2)
+    for _ in range(4):  # kappa itself is a running mean, of slopes
+        lengthened(guidance, -50.0)
+    assert guidance.kappa < -10
+    assert guidance.swing == 0
+    for _ in range(60):
+        lengthened(guidance, -0.9)
+    assert guidance.swing > 0.9
