@@ -1595,6 +1595,7 @@ class Guidance:
     at -1 a step gains nothing. Where the loss is concave kappa stays near 1 however long the step,
     hence LONGEST; where a few steps swing wildly it may be far below -1 for a while, and nothing
     would lengthen steps again, hence SHORTEST. The network learns to foresee that correction.
+    A slow mean of kappa tells whether steps do nothing but swing (`swing`).
 
     The multiplier is what brings the base rate to the wanted length, so the base rate itself
     hardly matters; what a multiplier of 0.1 leaves too long, a cap cuts.
