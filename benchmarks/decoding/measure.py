@@ -32,17 +32,10 @@ from lowbit.options import TARGET_BITS  # noqa: E402
 from lowbit.quantization.layers import BLOCK, NOMINAL  # noqa: E402
 from lowbit.quantization.precision import with_more_bits  # noqa: E402
 from studies.bench import RunLog, machine  # noqa: E402
+from studies.shapes import config  # noqa: E402
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": dict(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, vocab_size=49152, tied=True, types=("tq2_0", "tq1_0", "q4_0"),
-    ),
-    "llama-1.1b": dict(
-        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
-        num_key_value_heads=4, vocab_size=32000, tied=False, types=("tq2_0", "tq1_0", "q4_0"),
-    ),
-}  # fmt: skip
+SHAPES = {"smollm2-135m": config("SmolLM2-135M"), "llama-1.1b": config("TinyLlama-1.1B")}
+TYPES = ("tq2_0", "tq1_0", "q4_0")
 PROMPT = list(range(8))
 #: Matrices whose rounding costs most for their size, the dearest last.
 DEAR = tuple(f"self_attn.{name}" for name in ("o_proj", "q_proj", "v_proj", "k_proj"))
@@ -84,14 +77,13 @@ def student(shape: dict[str, Any], embedding_bits: int = 4) -> Packed:
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{block}{name}.weight"] = Stored("float32", np.ones(width, np.float32))
     tensors["model.norm.weight"] = Stored("float32", np.ones(width, np.float32))
-    if not shape["tied"]:
+    if not shape["tie_word_embeddings"]:
         codes("lm_head.weight", shape["vocab_size"], width, held)
-    config = {k: v for k, v in shape.items() if k not in ("tied", "types")}
-    config |= {"model_type": "llama", "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+    values = {**shape, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
     wrapped = Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "ab": 2}, merges=[("a", "b")]))
     wrapped.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     files = {"tokenizer.json": wrapped.to_str()}
-    return Packed({"transformers": config}, {"files": files}, {}, tensors)
+    return Packed({"transformers": values}, {"files": files}, {}, tensors)
 
 
 def in_float32(found: Packed) -> Packed:
@@ -117,7 +109,7 @@ def measure(o: argparse.Namespace, name: str) -> dict[str, Any]:
     found = student(shape, o.embedding_bits)
     weights = sum(t.values.size for t in found.tensors.values())
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *shape["types"])}
+        files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *TYPES)}
         for kind, path in files.items():
             export_gguf(in_float32(found) if kind == "f32" else found, path,
                         None if kind == "f32" else kind)  # fmt: skip

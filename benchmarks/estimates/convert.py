@@ -18,22 +18,22 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from benchmarks.estimates.shapes import SHAPES, config  # noqa: E402
+from lowbit.models.transformers_lm import from_config  # noqa: E402
 from lowbit.text.documents import cached_stdlib_documents  # noqa: E402
+from lowbit.training.estimate import GIB  # noqa: E402
 from studies.bench import RunLog  # noqa: E402
 from studies.commands import measured  # noqa: E402
+from studies.shapes import SHAPES, config  # noqa: E402
 
 COMMAND = "distillation.py --hybrid --ternary --qat --save_metrics"
 
 
 def make_teacher(shape: str, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    values = config(shape)
-    net = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    net.bfloat16().save_pretrained(folder)
+    from_config(config(shape)).net.bfloat16().save_pretrained(folder)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -60,7 +60,7 @@ def main() -> None:
         run = {k: v.replace(folder, "") if isinstance(v, str) else v for k, v in run.items()}
     RunLog(HERE / "runs.jsonl").append(run)
     print(run["printed"])
-    print(f"{run['seconds'] / 60:.1f} min, {run['peak_rss_bytes'] / 2**30:.2f} GiB")
+    print(f"{run['seconds'] / 60:.1f} min, {run['peak_rss_bytes'] / GIB:.2f} GiB")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import torch
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from benchmarks.estimates.shapes import SHAPES, config  # noqa: E402
 from lowbit.models.transformers_lm import from_config  # noqa: E402
+from lowbit.options import TARGET_BITS  # noqa: E402
 from lowbit.quantization.layers import NOMINAL  # noqa: E402
 from lowbit.quantization.precision import share_of_high  # noqa: E402
 from lowbit.training.estimate import (  # noqa: E402
@@ -26,6 +26,7 @@ from lowbit.training.estimate import (  # noqa: E402
     weights,
 )
 from studies.bench import machine  # noqa: E402
+from studies.shapes import SHAPES, config  # noqa: E402
 
 PASS = 1024  # tokens, the default on a CPU
 
@@ -35,7 +36,8 @@ def main() -> None:
     for name in SHAPES:
         with torch.device("meta"):
             model = from_config(config(name))
-        trained = trained_weights(model, 1 - share_of_high(NOMINAL["ternary"], 4, 2.0))
+        high = share_of_high(NOMINAL["ternary"], 4, TARGET_BITS["ternary"])
+        trained = trained_weights(model, 1 - high)
         gib = {
             recomputes: memory_needed(model, PASS, trained=trained, recomputes=recomputes, held=2)
             / GIB

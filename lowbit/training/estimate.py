@@ -44,12 +44,9 @@ def weights(model: nn.Module) -> int:
 
 def trained_weights(teacher: LanguageModel, share: float = 1.0) -> int:
     """Of a student: embedding and head are frozen, of the blocks this share is trained."""
-    frozen = {
-        p for m in (teacher.embedding, teacher.output) if m is not None for p in m.parameters()
-    }
     inside = weights(teacher.blocks)
-    outside = sum(p.numel() for p in set(teacher.parameters()) - frozen) - inside
-    return int(outside + share * inside)
+    frozen = sum(weights(m) for m in (teacher.embedding, teacher.output) if m is not None)
+    return int(weights(teacher) - frozen - (1 - share) * inside)
 
 
 def memory_needed(

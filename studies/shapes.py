@@ -17,7 +17,7 @@ SHAPES = {
 
 
 def config(name: str) -> dict[str, Any]:
-    """What ``AutoConfig.for_model`` takes for a shape of SHAPES."""
+    """What `transformers_lm.from_config` takes for a shape of SHAPES."""
     kind, width, inner, layers, heads, keys, vocabulary, tied = SHAPES[name]
     return {
         **kind,
