@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,44 @@ def tiny_tokenizer(size: int = 300, opens: bool = False) -> Any:
     )
     wrapped.chat_template = CHAT
     return wrapped
+
+
+def pieces_tokenizer(opens: bool = True, pieces: int = 200) -> Any:
+    """BPE of pieces, as transformers makes it of SentencePiece's: frequent pieces, the best first,
+    bytes for what has none. opens: a space is put before a text."""
+    from conftest import make_text
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    text = make_text(4000).replace(" ", "\u2581")
+    letters = sorted(set(text) - {"\n"})
+    parts = (text[i : i + n] for n in (2, 3, 4, 5) for i in range(len(text) - n))
+    counts = Counter(p for p in parts if "\n" not in p)
+    known = set(letters)
+    found: list[str] = []
+    for piece, _ in sorted(counts.items(), key=lambda x: (-x[1], x[0])):
+        if any(piece[:i] in known and piece[i:] in known for i in range(1, len(piece))):
+            found.append(piece)
+            known.add(piece)
+        if len(found) == pieces:
+            break
+    merges = [
+        (p[:i], p[i:]) for p in found for i in range(1, len(p)) if p[:i] in known and p[i:] in known
+    ]
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    vocabulary = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", *bytes_, *found, *letters])}
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    steps = [normalizers.Prepend("\u2581")] if opens else []
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(),
+    ])  # fmt: skip
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def tiny_folder(folder: Path, kind: str, **changes: Any) -> Path:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from families import tiny_net, tiny_tokenizer
+from conftest import make_text
+from families import pieces_tokenizer, tiny_net, tiny_tokenizer
 
 import distillation
 from lowbit import UserError, export
 from lowbit.chat import open_server
 from lowbit.files import gguf_file
 from lowbit.files.gguf_file import TYPES, choose_type, export_gguf
+from lowbit.files.gguf_shape import check_shape
+from lowbit.files.gguf_tokenizer import Vocabulary, opens_with_space, scores_of
 from lowbit.files.packed import Packed, Stored, load_packed, read_packed, save_packed
 from lowbit.files.padding import padding
 from lowbit.models.transformers_lm import TransformersLM, build_transformers
@@ -35,6 +39,23 @@ ODD = dict(
 WIDER = dict(
     hidden_size=960, intermediate_size=1504, num_attention_heads=15, num_key_value_heads=5
 )  # fmt: skip
+# Windows of 16 tokens, scaled positions, or layers without positions.
+LONG = dict(rope_type="linear", factor=4.0, rope_theta=1e4)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+SMOLLM3 = dict(num_hidden_layers=5, no_rope_layers=[1, 1, 1, 0, 1])
+GEMMA2 = dict(
+    num_hidden_layers=3, sliding_window=16, query_pre_attn_scalar=64,
+    attn_logit_softcapping=5.0, final_logit_softcapping=8.0,
+)  # fmt: skip
+GEMMA3 = dict(
+    num_hidden_layers=7, sliding_window=16, query_pre_attn_scalar=64,
+    rope_parameters=dict(
+        full_attention=LONG, sliding_attention=dict(rope_type="default", rope_theta=1e3)
+    ),
+)  # fmt: skip
 
 
 def student(
@@ -46,6 +67,7 @@ def student(
     net = tiny_net(kind, **{**WIDE, **changes})
     tokenizer = tiny_tokenizer(300)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
+    tokenizer.backend_tokenizer.model.ignore_merges = cut in pre_tokenizers.WHOLE_WORDS
     model = TransformersLM(net)
     quantize_model(model, mode, more=edge_layers(model, 1), high_bits=bits, embedding_bits=bits)
     path = folder / "student.npz"
@@ -90,7 +112,7 @@ def test_one_bit_blocks_by_hand():
     assert raw[0, 2:].tolist() == [0b1001] + [0] * 14 + [0b10000000]
 
 
-@pytest.mark.parametrize("kind", gguf_file.ARCHITECTURES)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("type_", ["tq2_0", "tq1_0", "q4_0"])
 def test_a_file_holds_the_student(tmp_path, kind, type_):
     """Read back by transformers' own reader where it knows the type, else tensor by tensor."""
@@ -149,6 +171,7 @@ def test_cuts_are_known_by_their_names(tmp_path, cut):
     _, tokenizer = load_teacher(str(tmp_path / "a.gguf"))
     wrapped = tiny_tokenizer(300)
     wrapped.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
+    wrapped.backend_tokenizer.model.ignore_merges = cut in pre_tokenizers.WHOLE_WORDS
     text = "The miller's 12345 letters,\n\n  repairs  é don't"
     assert tokenizer.encode(text).tolist() == wrapped(text)["input_ids"]
     assert tokenizer.wrapped.chat_template == wrapped.chat_template
@@ -321,7 +344,17 @@ class Rounded:
      ("llama", "ternary", "tq2_0", 256, ODD), ("llama", "ternary", "tq1_0", 256, ODD),
      ("llama", "ternary", "tq2_0", 256, {**ODD, "bits": 4, "tie_word_embeddings": False}),
      ("qwen2", "ternary", "tq2_0", 256, ODD),
-     ("qwen2", "ternary", "tq2_0", 256, WIDER), ("qwen3", "ternary", "tq2_0", 256, ODD)],
+     ("qwen2", "ternary", "tq2_0", 256, WIDER), ("qwen3", "ternary", "tq2_0", 256, ODD),
+     ("llama", "ternary", "q4_0", 32, {"rope_parameters": LLAMA3}),
+     ("qwen2", "ternary", "q4_0", 32, {"rope_parameters": LONG}),
+     ("mistral", "ternary", "q4_0", 32, {"sliding_window": None}),
+     ("smollm3", "ternary", "q4_0", 32, SMOLLM3),
+     ("smollm3", "ternary", "tq2_0", 256, {**SMOLLM3, **ODD}),
+     ("gemma", "ternary", "q4_0", 32, {}), ("gemma2", "ternary", "q4_0", 32, GEMMA2),
+     ("gemma3_text", "ternary", "q4_0", 32, GEMMA3),
+     ("gemma3_text", "ternary", "tq2_0", 256, GEMMA3),
+     ("phi", "ternary", "q4_0", 32, {}),
+     ("phi3", "ternary", "q4_0", 32, {"partial_rotary_factor": 0.5, "bits": 4})],
 )  # fmt: skip
 def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
     """The engine's products round activations to 8 bits. With the same rounding our distribution
@@ -341,6 +374,118 @@ def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
         )  # KL, but for what is not among the 200
         assert abs(gap) < 0.02
         assert int(ours.argmax()) in sorted(theirs, key=theirs.get)[-3:]
+
+
+@pytest.mark.parametrize("opens", [True, False])
+def test_the_engine_cuts_pieces_as_we_do(tmp_path, opens):
+    """The same distribution after a text as after the ids that transformers makes of it; of some
+    ids there is no other text."""
+    tokenizer = pieces_tokenizer(opens)
+    size = len(tokenizer)
+    net = tiny_net("llama", **{**WIDE, "vocab_size": size, "max_position_embeddings": 512})
+    path = tmp_path / "student.npz"
+    save_packed(path, TransformersLM(net), TeacherTokenizer(tokenizer, size).describe())
+    export_gguf(read_packed(path), tmp_path / "a.gguf")
+    letter = tokenizer.convert_tokens_to_ids("a")
+    server = open_server(tmp_path / "a.gguf", 512, threads=1)
+
+    def heard(prompt: str | list[int]) -> dict[int, float]:
+        answer = server.handle_completions(
+            {"prompt": prompt, "max_tokens": 1, "n_probs": 50, "cache_prompt": False,
+             "logit_bias": [[letter, 1000.0]]}
+        )  # fmt: skip
+        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return {x["id"]: x["logprob"] for x in top}
+
+    texts = [make_text(300), "The miller's 12345  letters,\n\n é don't ", "  北京 🙂", "x"]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert heard(text) == heard(ids)
+    ids = tokenizer(texts[0])["input_ids"]
+    assert len(ids) < 0.6 * len(texts[0])  # pieces, not letters
+    assert heard(texts[0]) != heard([*ids[:-2], *ids[-1:]])
+
+
+def test_pieces_without_scores():
+    """Where no scores merge as the list of pairs does, there is no such file."""
+
+    def vocabulary(*merges: str) -> Vocabulary:
+        tokens = {t: i for i, t in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
+        return Vocabulary(
+            {"model": {"vocab": tokens, "merges": list(merges)}, "added_tokens": []}, None
+        )
+
+    whole = ("a b", "b c", "ab c", "a bc")
+    assert scores_of(vocabulary(*whole)) == {"ab": 0.0, "bc": -1.0, "abc": -2.0}
+    with pytest.raises(ValueError, match="not in the list"):
+        scores_of(vocabulary(*whole[:3]))
+    with pytest.raises(ValueError, match="stand apart"):
+        scores_of(vocabulary("a b", "ab c", "b c", "a bc"))
+
+
+def normalized(*steps: dict, cut: dict | None = None) -> dict:
+    """What is done to a text before it is cut in pieces."""
+    return {"normalizer": {"type": "Sequence", "normalizers": list(steps)}, "pre_tokenizer": cut}
+
+
+PREPEND = {"type": "Prepend", "prepend": "\u2581"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+META = {"type": "Metaspace", "replacement": "\u2581", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("done", "opens"),
+    [(normalized(PREPEND, REPLACE), True), (normalized(REPLACE), False),
+     ({"normalizer": REPLACE, "pre_tokenizer": None}, False),
+     (normalized(REPLACE, cut={"type": "Split", "pattern": {"String": " "}}), False),
+     ({"normalizer": None, "pre_tokenizer": {**META, "prepend_scheme": "first"}}, True),
+     ({"normalizer": None, "pre_tokenizer": {**META, "prepend_scheme": "never"}}, False),
+     ({"normalizer": None, "pre_tokenizer": {**META, "split": True}}, None),
+     ({"normalizer": None, "pre_tokenizer": None}, None),
+     (normalized({"type": "NFKC"}, REPLACE), None)],
+)  # fmt: skip
+def test_what_is_done_to_a_text(done, opens):
+    assert opens_with_space(done) is opens
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [("llama", {"hidden_act": "gelu"}, "activation 'gelu' \\(silu\\)"),
+     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
+     ("qwen2", {"rope_parameters": LLAMA3}, "type 'llama3'"),
+     ("smollm3", {"no_rope_layers": [1, 0, 1]}, "every 4th without positions"),
+     ("gemma2", {"query_pre_attn_scalar": 100}, "scale of attention"),
+     ("gemma3_text", {"layer_types": ["full_attention"] * 3}, "order of layers"),
+     ("gemma3_text", {"use_bidirectional_attention": True}, "attention to what follows"),
+     ("llama", {"intermediate_size": 100}, "rows of 100 weights fit no block"),
+     ("mamba", {}, "type 'mamba' cannot be exported")],
+)  # fmt: skip
+def test_what_the_engine_computes_otherwise_is_refused(kind, changes, said):
+    from transformers import AutoConfig
+
+    config = {"model_type": kind}
+    if kind != "mamba":
+        shape = {"num_hidden_layers": 3, "head_dim": 256, "no_rope_layers": [1, 1, 1], **changes}
+        config |= json.loads(AutoConfig.for_model(kind, **shape).to_json_string(use_diff=False))
+    with pytest.raises(UserError, match=said):
+        check_shape(config)
+    if changes and kind != "llama":
+        check_shape(config | {k: WITHOUT[k] for k in changes})
+
+
+#: Values with which the same is exported.
+WITHOUT = {
+    "no_rope_layers": [1, 1, 1], "query_pre_attn_scalar": 256, "layer_types": None,
+    "use_bidirectional_attention": False, "rope_parameters": None,
+}  # fmt: skip
+
+
+def test_a_context_ends_with_the_window(tmp_path):
+    """Where llama.cpp has no windows for an architecture."""
+    path = student(tmp_path, "mistral", sliding_window=48)
+    done = export_gguf(read_packed(path), tmp_path / "a.gguf")
+    field = gguf.GGUFReader(done.path).get_field("llama.context_length")
+    assert field.contents() == 48
 
 
 # ------------------------------------------------------------------------------ the commands
@@ -397,8 +542,9 @@ def test_what_cannot_be_exported(tmp_path, capsys, tiny_teacher, monkeypatch):
     assert "times as many; use q4_0" in said
     one_bit = student(tmp_path, "llama", "1bit", **ODD)
     assert "cannot hold 1bit" in refused(capsys, one_bit, "--to", "gguf", "--type", "tq2_0")
-    odd = student(tmp_path, "gemma")
-    assert "type 'gemma' cannot be exported" in refused(capsys, odd, "--to", "gguf")
+    odd = student(tmp_path, "gemma", hidden_size=192, head_dim=64)
+    said = refused(capsys, odd, "--to", "gguf", "--type", "tq2_0")
+    assert "this gemma has rows of 192, which are not padded here; use q4_0" in said
     monkeypatch.setattr(pre_tokenizers, "KNOWN", {})
     assert "byte-level BPE" in refused(capsys, student_of(tmp_path), "--to", "gguf")
 

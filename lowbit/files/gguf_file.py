@@ -11,13 +11,11 @@ Codes and scales go into the format's blocks as they are, without rounding once 
     Q8_0    32 weights, 8 bits each and a float16 scale: what the student holds in 8 bits
 
 (block layouts: ggml-common.h of llama.cpp). Scales of the student are bfloat16, which float16 holds
-exactly from 2^-17 to 65504; smaller ones of a row become multiples of 2^-24. Rows of queries and
-keys of the architecture llama are in the order of its rotary pairs.
+exactly from 2^-17 to 65504; smaller ones of a row become multiples of 2^-24.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,12 +27,11 @@ import numpy as np
 from lowbit import UserError
 from lowbit.extras import require
 from lowbit.files.atomic import atomic_write
+from lowbit.files.gguf_shape import add_shape, check_shape, family_of, laid_out, rope_factors
+from lowbit.files.gguf_tokenizer import add_tokenizer, vocabulary_of
 from lowbit.files.packed import Packed, Stored
-from lowbit.files.padding import Padding, head_shape, padding
-from lowbit.text import pre_tokenizers
+from lowbit.files.padding import Padding, padding
 
-#: Kinds of model (``model_type``), whose architectures have the same names in GGUF.
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
 #: Type -> (weights a block, what it holds exactly).
 TYPES = {
     "tq2_0": (256, ("ternary",)),
@@ -146,7 +143,13 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
         needs = f"--type {asked} needs rows of a multiple of {size} weights"
         if asked not in PADDED:
             raise UserError(f"{needs}; this model has rows of {odd[asked][0]}; use q4_0")
-        zeros = padding(found.config["transformers"], size)
+        values = found.config["transformers"]
+        if not family_of(values).padded:
+            raise UserError(
+                f"{needs}; this {values['model_type']} has rows of {odd[asked][0]}, which are not "
+                "padded here; use q4_0"
+            )
+        zeros = padding(values, size)
         larger = zeros.growth(found)
         if larger > MOST_PADDING:
             raise UserError(
@@ -160,7 +163,7 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
         raise UserError(f"rows of {odd['q4_0'][0]} weights fit no block of GGUF (32 divide them)")
     size = TYPES[best][0]
     why = f"exact, and {best} needs rows of a multiple of {size}, not of {odd[best][0]}"
-    if best in PADDED and found.of_transformers:
+    if best in PADDED and found.of_transformers and family_of(found.config["transformers"]).padded:
         zeros = padding(found.config["transformers"], size)
         if zeros.growth(found) <= MOST_PADDING:
             why += f" (lowbit.export --type {best} fills them with zeros: smaller)"
@@ -176,7 +179,7 @@ def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None)
     gguf = require("gguf", "gguf")
     check_exportable(found.config, found.tokenizer)
     chosen, reason, zeros = choose_type(found, kind)
-    writer = gguf.GGUFWriter(None, found.config["transformers"]["model_type"])
+    writer = gguf.GGUFWriter(None, family_of(found.config["transformers"]).architecture)
     parts = fill(writer, gguf, found, chosen, zeros)
 
     def write(f: IO[bytes]) -> None:
@@ -200,18 +203,8 @@ def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
         raise UserError(
             "a student of bytes has no form in GGUF: its vocabulary is not one that engines know"
         )
-    values = config["transformers"]
-    if values.get("model_type") not in ARCHITECTURES:
-        raise UserError(
-            f"a model of type {values.get('model_type')!r} cannot be exported to GGUF here; "
-            f"tried are {', '.join(ARCHITECTURES)}"
-        )
-    heads, _, size = head_shape(values)
-    odd = [n for n in (values["hidden_size"], values["intermediate_size"], heads * size) if n % 32]
-    if odd:
-        raise UserError(f"rows of {odd[0]} weights fit no block of GGUF (32 divide them)")
-    rotary(values)
-    bpe_of(tokenizer)
+    check_shape(config["transformers"])
+    vocabulary_of(tokenizer)
 
 
 def fill(
@@ -219,22 +212,23 @@ def fill(
 ) -> dict[str, tuple[int, int, int]]:
     """Everything that the file says. Returns what `Exported` says of the tensors."""
     config = zeros.config if zeros else found.config["transformers"]
-    add_shape(writer, config)
+    add_shape(writer, gguf, config)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if chosen in FILE_TYPES:
         writer.add_file_type(FILE_TYPES[chosen])
     rows = found.tensors["model.embed_tokens.weight"].values.shape[0]
     add_tokenizer(writer, found.tokenizer, rows)
 
-    names = gguf.get_tensor_name_map(
-        getattr(gguf.MODEL_ARCH, config["model_type"].upper()), config["num_hidden_layers"]
-    )
+    architecture = getattr(gguf.MODEL_ARCH, family_of(config).architecture.upper())
+    names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
+    if (factors := rope_factors(config)) is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     parts: dict[str, tuple[int, int, int]] = {}
     for name, stored in found.tensors.items():
         named = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if named is None:
             raise UserError(f"tensor {name} has no name in GGUF")
-        held = ordered(name, zeros(name, stored) if zeros else stored, config)
+        held = laid_out(name, zeros(name, stored) if zeros else stored, config)
         array, label = encoded(name, held, chosen)
         raw = None if label == "F32" else getattr(gguf.GGMLQuantizationType, label)
         writer.add_tensor(named, array, raw_dtype=raw)
@@ -254,114 +248,3 @@ def encoded(name: str, stored: Stored, chosen: str) -> tuple[np.ndarray, str]:
         raise UserError(f"{name}: a scale is too small for float16 to hold exactly")
     kind = HELD.get(stored.kind, chosen)
     return ENCODERS[kind](stored), kind.upper()
-
-
-def ordered(name: str, stored: Stored, config: dict[str, Any]) -> Stored:
-    """Rows of queries and keys as the architecture llama has them: of each head the two halves of
-    a rotary pair side by side."""
-    heads, key_heads, _ = head_shape(config)
-    parts = {"q_proj": heads, "k_proj": key_heads}
-    count = next((n for part, n in parts.items() if f".{part}." in name), None)
-    if config["model_type"] != "llama" or count is None:
-        return stored
-
-    def moved(x: np.ndarray) -> np.ndarray:
-        halves = x.reshape(count, 2, len(x) // count // 2, *x.shape[1:])
-        return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(x.shape))
-
-    scale = stored.scale
-    if scale is not None and len(scale) > 1:
-        scale = moved(scale)
-    return Stored(stored.kind, moved(stored.values), scale)
-
-
-def add_shape(writer: Any, config: dict[str, Any]) -> None:
-    """The architecture's numbers."""
-    heads, key_heads, size = head_shape(config)
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(key_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(rotary(config))
-    writer.add_rope_dimension_count(size)
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_vocab_size(config["vocab_size"])
-
-
-def rotary(config: dict[str, Any]) -> float:
-    """The base of the rotary frequencies. UserError for a scaling that is not written here."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"rotary positions of type {kind!r} cannot be exported to GGUF here")
-    return float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-def bpe_of(description: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """What tokenizer.json says, and the name of how it cuts text. UserError for a tokenizer that is
-    no byte-level BPE, or that cuts text in a way that has no name here."""
-    try:
-        whole = json.loads(description["files"]["tokenizer.json"])
-        kind, pre = whole["model"]["type"], pre_tokenizers.name_of(whole["pre_tokenizer"])
-    except (KeyError, TypeError, ValueError):
-        kind, pre = None, None
-    if kind != "BPE" or pre is None:
-        raise UserError(
-            "the tokenizer is not one that can be exported to GGUF here: that is byte-level BPE, "
-            f"cut as {', '.join(pre_tokenizers.KNOWN)} cut"
-        )
-    return whole, pre
-
-
-def add_tokenizer(writer: Any, description: dict[str, Any], rows: int) -> None:
-    """Vocabulary of so many rows, merges, special tokens and chat template."""
-    files = description["files"]
-    whole, pre = bpe_of(description)
-    added, vocabulary, merges = (
-        whole["added_tokens"], whole["model"]["vocab"], whole["model"]["merges"],
-    )  # fmt: skip
-    normal, control, user, unused = 1, 3, 4, 5
-    tokens = [f"[PAD{i}]" for i in range(rows)]
-    types = [unused] * rows
-    for token, i in vocabulary.items():
-        tokens[i], types[i] = token, normal
-    for entry in added:
-        if entry["id"] < rows:
-            tokens[entry["id"]] = entry["content"]
-            types[entry["id"]] = control if entry["special"] else user
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-
-    settings = json.loads(files.get("tokenizer_config.json", "{}"))
-    ids = {token: i for i, token in enumerate(tokens)}
-
-    def special(name: str) -> int | None:
-        value = settings.get(f"{name}_token")
-        return ids.get(value["content"] if isinstance(value, dict) else value)
-
-    for name, add in {
-        "bos": writer.add_bos_token_id,
-        "eos": writer.add_eos_token_id,
-        "unk": writer.add_unk_token_id,
-        "pad": writer.add_pad_token_id,
-    }.items():
-        found = special(name)
-        if found is not None:
-            add(found)
-    bos = special("bos")
-    processor = whole.get("post_processor") or {}
-    steps: list[dict[str, Any]] = next(
-        (p["single"] for p in [processor, *processor.get("processors", [])] if "single" in p), []
-    )
-    first = next((s["SpecialToken"]["id"] for s in steps[:1] if "SpecialToken" in s), None)
-    writer.add_add_bos_token(bos is not None and first is not None and ids.get(first) == bos)
-    template = files.get("chat_template.jinja") or settings.get("chat_template")
-    if isinstance(template, str):
-        writer.add_chat_template(template)

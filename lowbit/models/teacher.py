@@ -295,6 +295,8 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
             wrapped.add_bos_token = says_opening  # which transformers does not read, either
         if pre in pre_tokenizers.KNOWN and wrapped.is_fast:  # which transformers does not read
             wrapped.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(pre)
+            if pre in pre_tokenizers.WHOLE_WORDS:
+                wrapped.backend_tokenizer.model.ignore_merges = True
         # It is float now; that it once was quantised would keep it from being saved.
         net.config.__dict__.pop("quantization_config", None)
         net.hf_quantizer, net.is_quantized = None, False

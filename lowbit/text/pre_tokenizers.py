@@ -36,8 +36,11 @@ KNOWN: dict[str, list[dict[str, Any]]] = {
     "gpt-2": [_byte_level(True)],
     "smollm": [{"type": "Digits", "individual_digits": True}, _byte_level(True)],
     "llama-bpe": [_split(_CUTS.format(numbers=r"\p{N}{1,3}")), _byte_level(False)],
+    "smaug-bpe": [_split(_CUTS.format(numbers=r"\p{N}{1,3}")), _byte_level(False)],
     "qwen2": [_split(_CUTS.format(numbers=r"\p{N}")), _byte_level(False)],
 }
+#: Of these a word that is a token is not merged.
+WHOLE_WORDS = ("llama-bpe",)
 
 
 def make(name: str) -> Any:
@@ -55,14 +58,18 @@ def make(name: str) -> Any:
     return steps[0] if len(steps) == 1 else pre.Sequence(steps)
 
 
-def name_of(description: Any) -> str | None:
-    """The name of what a tokenizer.json has as its ``pre_tokenizer``; None for another."""
+def name_of(description: Any, ignore_merges: bool = False) -> str | None:
+    """The name of what a tokenizer.json has as its ``pre_tokenizer``; None for another. Engines
+    take a word that is a token without merging it, ``ignore_merges``, where the name is one of
+    WHOLE_WORDS."""
     if not isinstance(description, dict):
         return None
     steps = description.get("pretokenizers", [description])
     # Offsets, which trim_offsets is about, are no matter of ids.
     found = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
     for name, known in KNOWN.items():
-        if found == [{k: v for k, v in step.items() if k != "trim_offsets"} for step in known]:
+        if ignore_merges == (name in WHOLE_WORDS) and found == [
+            {k: v for k, v in step.items() if k != "trim_offsets"} for step in known
+        ]:
             return name
     return None
