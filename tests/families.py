@@ -27,6 +27,27 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi": dict(tie_word_embeddings=False, partial_rotary_factor=0.5),
     "phi3": dict(tie_word_embeddings=False),
 }
+# Rows that every type takes.
+WIDE = dict(
+    vocab_size=320, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=64
+)  # fmt: skip
+# Windows of 16 tokens, scaled positions, or layers without positions.
+LONG = dict(rope_type="linear", factor=4.0, rope_theta=1e4)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)  # fmt: skip
+SMOLLM3 = dict(num_hidden_layers=5, no_rope_layers=[1, 1, 1, 0, 1])
+GEMMA2 = dict(
+    num_hidden_layers=3, sliding_window=16, query_pre_attn_scalar=64,
+    attn_logit_softcapping=5.0, final_logit_softcapping=8.0,
+)  # fmt: skip
+GEMMA3 = dict(
+    num_hidden_layers=7, sliding_window=16, query_pre_attn_scalar=64,
+    rope_parameters=dict(
+        full_attention=LONG, sliding_attention=dict(rope_type="default", rope_theta=1e3)
+    ),
+)  # fmt: skip
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
 
 
@@ -184,4 +205,27 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def student(
+    folder: Path, kind: str, mode: str = "ternary", cut: str = "gpt-2", bits: int = 8, **changes
+) -> Path:
+    """A packed student with random codes; first block, embedding and head in so many bits."""
+    if kind == "qwen3":  # transformers' reader of GGUF takes no other
+        changes = {"head_dim": 128, **changes}
+    from lowbit.files.packed import save_packed
+    from lowbit.models.transformers_lm import TransformersLM
+    from lowbit.quantization.layers import edge_layers, quantize_model
+    from lowbit.text import pre_tokenizers
+    from lowbit.text.tokenizers import TeacherTokenizer
+
+    net = tiny_net(kind, **{**WIDE, **changes})
+    tokenizer = tiny_tokenizer(300)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
+    tokenizer.backend_tokenizer.model.ignore_merges = cut in pre_tokenizers.WHOLE_WORDS
+    model = TransformersLM(net)
+    quantize_model(model, mode, more=edge_layers(model, 1), high_bits=bits, embedding_bits=bits)
+    path = folder / "student.npz"
+    save_packed(path, model, TeacherTokenizer(tokenizer, 320).describe())
     return path

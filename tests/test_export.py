@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_text
-from families import pieces_tokenizer, tiny_net, tiny_tokenizer
+from families import (
+    GEMMA2,
+    GEMMA3,
+    LLAMA3,
+    LONG,
+    SMOLLM3,
+    WIDE,
+    pieces_tokenizer,
+    student,
+    tiny_net,
+    tiny_tokenizer,
+)  # fmt: skip
 
 import distillation
 from lowbit import UserError, export
@@ -21,16 +32,11 @@ from lowbit.files.gguf_tokenizer import Vocabulary, opens_with_space, scores_of
 from lowbit.files.packed import Packed, Stored, load_packed, read_packed, save_packed
 from lowbit.files.padding import padding
 from lowbit.models.transformers_lm import TransformersLM, build_transformers
-from lowbit.quantization.layers import edge_layers, quantize_model
 from lowbit.text import pre_tokenizers
 from lowbit.text.tokenizers import TeacherTokenizer
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("transformers")
-# Rows that every type takes.
-WIDE = dict(
-    vocab_size=320, hidden_size=256, intermediate_size=512, num_hidden_layers=2, head_dim=64
-)  # fmt: skip
 # Rows that 256 does not divide: 3 heads of 64 and 992 inner weights become 4 and 1024.
 ODD = dict(
     hidden_size=192, intermediate_size=992, num_attention_heads=3, num_key_value_heads=1
@@ -39,40 +45,6 @@ ODD = dict(
 WIDER = dict(
     hidden_size=960, intermediate_size=1504, num_attention_heads=15, num_key_value_heads=5
 )  # fmt: skip
-# Windows of 16 tokens, scaled positions, or layers without positions.
-LONG = dict(rope_type="linear", factor=4.0, rope_theta=1e4)
-LLAMA3 = dict(
-    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)  # fmt: skip
-SMOLLM3 = dict(num_hidden_layers=5, no_rope_layers=[1, 1, 1, 0, 1])
-GEMMA2 = dict(
-    num_hidden_layers=3, sliding_window=16, query_pre_attn_scalar=64,
-    attn_logit_softcapping=5.0, final_logit_softcapping=8.0,
-)  # fmt: skip
-GEMMA3 = dict(
-    num_hidden_layers=7, sliding_window=16, query_pre_attn_scalar=64,
-    rope_parameters=dict(
-        full_attention=LONG, sliding_attention=dict(rope_type="default", rope_theta=1e3)
-    ),
-)  # fmt: skip
-
-
-def student(
-    folder: Path, kind: str, mode: str = "ternary", cut: str = "gpt-2", bits: int = 8, **changes
-) -> Path:
-    """A packed student with random codes; first block, embedding and head in so many bits."""
-    if kind == "qwen3":  # transformers' reader of GGUF takes no other
-        changes = {"head_dim": 128, **changes}
-    net = tiny_net(kind, **{**WIDE, **changes})
-    tokenizer = tiny_tokenizer(300)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(cut)
-    tokenizer.backend_tokenizer.model.ignore_merges = cut in pre_tokenizers.WHOLE_WORDS
-    model = TransformersLM(net)
-    quantize_model(model, mode, more=edge_layers(model, 1), high_bits=bits, embedding_bits=bits)
-    path = folder / "student.npz"
-    save_packed(path, model, TeacherTokenizer(tokenizer, 320).describe())
-    return path
 
 
 def stored(mode: str, rows: int = 6, width: int = 512) -> Stored:

@@ -1,9 +1,9 @@
 """What llama.cpp's own few-bit types make of SmolLM2, without training, and what a student is:
-python benchmarks/llama_types/measure.py [--student STUDENT.npz] [--types q2_k ...]
+python benchmarks/llama_types/measure.py [--student STUDENT.npz] [--target_bits 2.5 --folder FOLDER]
 
 Every matrix of the blocks is quantised by ggml's own code, with the importance of its inputs on
 training text, and read back; the losses are on windows that nobody read before. Appends one JSON
-line a model to runs.jsonl beside this file (what is there is not run again) and rewrites
+line a model to runs.jsonl beside this file or in --folder (what is there is not run again) and rewrites
 summary.json. Needs the extras gguf and chat.
 """
 
@@ -100,13 +100,16 @@ def squares(x: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--student", type=Path, help="the default student, 140 steps")
+    parser.add_argument("--student", type=Path, help="a student of 140 steps")
+    parser.add_argument("--target_bits", default="2", help="of the student")
+    parser.add_argument("--folder", type=Path, default=HERE)
     parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
     o = parser.parse_args()
     device = torch.device("cpu")
     teacher, tokenizer = load_teacher("smollm2")[:2]
     assert isinstance(teacher, TransformersLM)
-    run = parse_options(["--hybrid", "--ternary", "--qat", "--teacher", "smollm2"])
+    words = ["--hybrid", "--ternary", "--qat", "--teacher", "smollm2"]
+    run = parse_options([*words, "--target_bits", o.target_bits])
     settle(run, teacher, tokenizer)
     corpus = load_corpus([], run.seq_len, tokenizer)
     code = Path(sklearn.__file__).parent
@@ -116,7 +119,8 @@ def main() -> None:
     }
     dtype = choose_dtype(device, teacher)
     references = {n: Reference(teacher, w, device, dtype) for n, w in texts.items()}
-    log = RunLog(HERE / "runs.jsonl")
+    o.folder.mkdir(exist_ok=True)
+    log = RunLog(o.folder / "runs.jsonl")
 
     def measure(key: dict[str, Any], model: LanguageModel, **more: Any) -> None:
         rows = validated(references, model)
@@ -149,7 +153,7 @@ def main() -> None:
             mean = sum(bits[n] * sizes[n] for n in sizes) / sum(sizes.values())
             key = {"model": name, "dear_in_4_bits": kept}
             measure(key, model, bits=mean, seconds=time.perf_counter() - began)
-    (HERE / "summary.json").write_text(
+    (o.folder / "summary.json").write_text(
         json.dumps({"models": log.runs, **machine()}, indent=1) + "\n"
     )
 

@@ -77,9 +77,11 @@ def check_shape(config: dict[str, Any]) -> None:
     if family.full_every:
         every = _every(family.full_every, layers, "sliding_attention", "full_attention")
         if config.get("layer_types") not in (None, every):
-            raise refused(config, "order of layers", f"a window in all but every {every}")
-        if config.get("query_pre_attn_scalar", size) != size:
-            raise refused(config, "scale of attention", f"the root of a head's {size}")
+            raise refused(
+                config, "order of layers", f"a window in all but each {family.full_every}th"
+            )
+        if config.get("query_pre_attn_scalar", size) != attention_size(config):
+            raise refused(config, "scale of attention", f"that of {attention_size(config)}")
     if config["model_type"] == "smollm3" and config.get("no_rope_layers") != _every(
         UNROTATED_EVERY, layers, 1, 0
     ):
@@ -98,6 +100,14 @@ def refused(config: dict[str, Any], what: str, expected: str) -> UserError:
 
 def _every(n: int, count: int, usual: Any, nth: Any) -> list[Any]:
     return [usual if (i + 1) % n else nth for i in range(count)]
+
+
+def attention_size(config: dict[str, Any]) -> float:
+    """By whose root llama.cpp divides attention: a head's size, but of Gemma's largest models,
+    which it knows by their layers, the hidden size over the heads."""
+    heads, _, size = head_shape(config)
+    largest = {"gemma2": 46, "gemma3_text": 62}.get(config["model_type"])
+    return config["hidden_size"] // heads if config["num_hidden_layers"] == largest else size
 
 
 def rope_of(config: dict[str, Any]) -> dict[str, Any]:

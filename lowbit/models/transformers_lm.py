@@ -36,6 +36,22 @@ FAMILIES = (
 COMPUTED = 1 << 20
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Inside, transformers draws no bars and says nothing."""
+    logging = require("transformers", "hf").utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # some bars do not ask
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_tokenizer(folder: Any) -> Any:
     """The tokenizer of a model's folder. UserError where there is none."""
     transformers = require("transformers", "hf")
@@ -101,7 +117,7 @@ class TransformersLM(LanguageModel):
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     def describe(self) -> dict[str, Any]:
-        return {"transformers": json.loads(self.net.config.to_json_string(use_diff=False))}
+        return {"transformers": described(self.net.config)}
 
     def features(self, ids: torch.Tensor, cache: Any = None, *, keep: bool = False) -> Features:
         hidden: list[torch.Tensor] = []
@@ -117,6 +133,11 @@ class TransformersLM(LanguageModel):
     def rows_of(self, cache: Any, rows: torch.Tensor) -> Any:
         cache.batch_select_indices(rows)
         return cache
+
+
+def described(config: Any) -> dict[str, Any]:
+    """A configuration of the library with all its values."""
+    return json.loads(config.to_json_string(use_diff=False))
 
 
 def refuse_kind(kind: object) -> None:
@@ -160,6 +181,14 @@ def check_head(model: TransformersLM) -> None:
             f"--teacher: {model.config.model_type}: its logits are more than its head's output; "
             "this model cannot be converted"
         )
+
+
+def checked(model: TransformersLM, origin: str) -> TransformersLM:
+    for name, p in model.net.named_parameters():
+        if p.device.type == "meta" or not bool(torch.isfinite(p).all()):
+            raise UserError(f"--teacher: {origin}: {name} is missing or not finite")
+    check_head(model.eval())
+    return model
 
 
 def clone(model: TransformersLM, layers: list[int] | None = None) -> TransformersLM:

@@ -39,6 +39,8 @@ KNOWN: dict[str, list[dict[str, Any]]] = {
     "smaug-bpe": [_split(_CUTS.format(numbers=r"\p{N}{1,3}")), _byte_level(False)],
     "qwen2": [_split(_CUTS.format(numbers=r"\p{N}")), _byte_level(False)],
 }
+#: What stands for a space in a piece of SentencePiece's.
+SPACE = "\u2581"
 #: Of these a word that is a token is not merged.
 WHOLE_WORDS = ("llama-bpe",)
 
@@ -56,6 +58,25 @@ def make(name: str) -> Any:
             regex = require("tokenizers", "hf").Regex(step["pattern"]["Regex"])
             steps.append(pre.Split(regex, behavior="isolated", invert=False))
     return steps[0] if len(steps) == 1 else pre.Sequence(steps)
+
+
+def cut_in_pieces(backend: Any, opens: bool) -> None:
+    """Let a `tokenizers.Tokenizer` of SentencePiece's pieces do to a text what engines do: nothing
+    but a space before it, where it ``opens``, and SPACE for each. In place."""
+    tokenizers = require("tokenizers", "hf")
+    normal, back = tokenizers.normalizers, tokenizers.decoders
+    backend.normalizer = normal.Sequence(
+        [*([normal.Prepend(SPACE)] if opens else []), normal.Replace(" ", SPACE)]
+    )
+    backend.pre_tokenizer = None
+    backend.decoder = back.Sequence(
+        [
+            back.Replace(SPACE, " "),
+            back.ByteFallback(),
+            back.Fuse(),
+            *([back.Strip(" ", 1, 0)] if opens else []),
+        ]
+    )
 
 
 def name_of(description: Any, ignore_merges: bool = False) -> str | None:

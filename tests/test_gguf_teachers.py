@@ -1,0 +1,97 @@
+"""GGUF files as teachers: what transformers' reader leaves out of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_text
+from families import GEMMA2, GEMMA3, LLAMA3, LONG, WIDE, pieces_tokenizer, student, tiny_net
+
+from lowbit import UserError
+from lowbit.files import gguf_file
+from lowbit.files.gguf_file import export_gguf
+from lowbit.files.packed import load_packed, read_packed, save_packed
+from lowbit.models.teacher import load_teacher
+from lowbit.models.transformers_lm import TransformersLM
+from lowbit.text.tokenizers import TeacherTokenizer, tokenizer_from
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
+
+
+def exported(folder: Path, kind: str, **changes: object) -> tuple[Path, Path]:
+    """A student, and the same as GGUF."""
+    path = student(folder, kind, **changes)
+    return path, export_gguf(read_packed(path), folder / "a.gguf", "q4_0").path
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("llama", {"rope_parameters": LONG}),
+     ("llama", {"rope_parameters": {
+         **LLAMA3, "rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192,
+     }}),
+     ("qwen2", {"rope_parameters": LONG}), ("gemma3_text", GEMMA3),
+     ("gemma2", {**GEMMA2, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}),
+     ("mistral", {"sliding_window": None}), ("phi3", {"vocab_size": 32064})],
+)  # fmt: skip
+def test_positions_and_windows_are_read(tmp_path, kind, changes):
+    """The teacher's logits are the student's, far beyond a window, and positions are scaled."""
+    path, written = exported(tmp_path, kind, **changes)
+    ours, theirs = load_packed(path)[0], load_teacher(str(written))[0]
+    ids = torch.arange(60)[None] * 7 % 300
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, atol=1e-5, rtol=1e-5)
+    if "rope_parameters" in changes:
+        found, known = theirs.config.rope_parameters, ours.config.rope_parameters
+        for place in ("full_attention", "sliding_attention"):
+            a, b = (x.get(place, x) for x in (found, known))
+            assert {k: a.get(k) for k in b} == b
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "said"),
+    [("llama", {"rope_parameters": LLAMA3}, "other factors than Llama 3's"),
+     ("gemma2", GEMMA2, r"attn_logit_softcapping = 5.0, which .* it takes 50.0"),
+     ("phi3", {"partial_rotary_factor": 0.5, "vocab_size": 32064}, "dimension_count = 32")],
+)  # fmt: skip
+def test_what_would_be_read_wrongly_is_refused(tmp_path, kind, changes, said):
+    _, written = exported(tmp_path, kind, **changes)
+    with pytest.raises(UserError, match=f"a.gguf.*{said}"):
+        load_teacher(str(written))
+
+
+def test_another_scaling_is_refused(tmp_path, monkeypatch):
+    add = gguf_file.add_shape
+
+    def scaled(writer, *rest):
+        add(writer, *rest)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+
+    monkeypatch.setattr(gguf_file, "add_shape", scaled)
+    _, written = exported(tmp_path, "llama")
+    with pytest.raises(UserError, match="scaled by 'yarn' cannot be read"):
+        load_teacher(str(written))
+
+
+@pytest.mark.parametrize(
+    ("kind", "opens"), [("llama", True), ("llama", False), ("gemma3_text", False)]
+)
+def test_pieces_are_cut_as_the_file_says(tmp_path, kind, opens):
+    """With or without a space before the text, also after the tokenizer was stored and read."""
+    written = pieces_tokenizer(opens)
+    size = len(written)
+    net = tiny_net(kind, **{**WIDE, "vocab_size": size}, query_pre_attn_scalar=64)
+    model = TransformersLM(net)
+    save_packed(tmp_path / "s.npz", model, TeacherTokenizer(written, size).describe())
+    export_gguf(read_packed(tmp_path / "s.npz"), tmp_path / "a.gguf")
+    read = load_teacher(str(tmp_path / "a.gguf"))[1]
+    again = tokenizer_from(read.describe())
+    for text in (make_text(100), "The miller's 12345  letters,\n\n é don't ", "  北京 🙂", "x"):
+        ids = written(text, add_special_tokens=False)["input_ids"]
+        assert read.encode(text).tolist() == ids
+        assert again.encode(text).tolist() == ids
+        assert read.decode(read.encode(text)) == text
