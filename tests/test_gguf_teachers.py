@@ -95,3 +95,49 @@ def test_pieces_are_cut_as_the_file_says(tmp_path, kind, opens):
         assert read.encode(text).tolist() == ids
         assert again.encode(text).tolist() == ids
         assert read.decode(read.encode(text)) == text
+
+
+def changed(source: Path, target: Path, drop: str = "", **numbers: int) -> Path:
+    """A copy of a GGUF file without the tensors and keys whose names hold ``drop``, and with more
+    numbers of its architecture."""
+    reader = gguf.GGUFReader(source)
+    kind = reader.get_field("general.architecture").contents()
+    writer = gguf.GGUFWriter(target, kind)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture" or (drop and drop in name):
+            continue
+        sub = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=sub)
+    for name, value in numbers.items():
+        writer.add_uint32(f"{kind}.{name}", value)
+    for tensor in reader.tensors:
+        if not drop or drop not in tensor.name:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return target
+
+
+def test_weights_that_are_missing_are_not_made_up(tmp_path):
+    _, written = exported(tmp_path, "llama")
+    assert load_teacher(str(changed(written, tmp_path / "same.gguf")))
+    with pytest.raises(UserError, match=r"down_proj.* is missing|is damaged"):
+        load_teacher(str(changed(written, tmp_path / "b.gguf", drop="blk.1.ffn_down")))
+    with pytest.raises(UserError, match="a mixture of experts cannot be converted"):
+        load_teacher(str(changed(written, tmp_path / "c.gguf", expert_count=8)))
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3"])
+def test_llama_3_opens_a_text_unless_it_says_not(tmp_path, monkeypatch, pre):
+    from lowbit.text import pre_tokenizers
+
+    path = student(tmp_path, "llama", cut="llama-bpe")
+    monkeypatch.setattr(pre_tokenizers, "name_of", lambda *_: pre)
+    written = export_gguf(read_packed(path), tmp_path / "a.gguf").path
+    silent = changed(written, tmp_path / "b.gguf", drop="add_bos_token")
+    for file, opening in ((written, None), (silent, 0)):
+        tokenizer = load_teacher(str(file))[1]
+        assert tokenizer.opening == opening
+        assert tokenizer.wrapped.backend_tokenizer.model.ignore_merges

@@ -1,10 +1,11 @@
 """What llama.cpp's own few-bit types make of SmolLM2, without training, and what a student is:
 python benchmarks/llama_types/measure.py [--student STUDENT.npz] [--target_bits 2.5 --folder FOLDER]
+[--types q2_k ...]
 
 Every matrix of the blocks is quantised by ggml's own code, with the importance of its inputs on
 training text, and read back; the losses are on windows that nobody read before. Appends one JSON
-line a model to runs.jsonl beside this file or in --folder (what is there is not run again) and rewrites
-summary.json. Needs the extras gguf and chat.
+line a model to runs.jsonl beside this file or in --folder (what is there is not run again) and
+rewrites summary.json. Needs the extras gguf and chat.
 """
 
 from __future__ import annotations

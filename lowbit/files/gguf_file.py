@@ -28,7 +28,7 @@ from lowbit import UserError
 from lowbit.extras import require
 from lowbit.files.atomic import atomic_write
 from lowbit.files.gguf_shape import add_shape, check_shape, family_of, laid_out, rope_factors
-from lowbit.files.gguf_tokenizer import add_tokenizer, vocabulary_of
+from lowbit.files.gguf_tokenizer import add_tokenizer, name_for
 from lowbit.files.packed import Packed, Stored
 from lowbit.files.padding import Padding, padding
 
@@ -204,7 +204,7 @@ def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
             "a student of bytes has no form in GGUF: its vocabulary is not one that engines know"
         )
     check_shape(config["transformers"])
-    vocabulary_of(tokenizer)
+    name_for(tokenizer, config["transformers"]["model_type"])
 
 
 def fill(
@@ -218,10 +218,12 @@ def fill(
         writer.add_file_type(FILE_TYPES[chosen])
     rows = found.tensors["model.embed_tokens.weight"].values.shape[0]
     add_tokenizer(writer, found.tokenizer, rows)
+    if (name := name_for(found.tokenizer, config["model_type"])) is not None:
+        writer.add_name(name)
 
     architecture = getattr(gguf.MODEL_ARCH, family_of(config).architecture.upper())
     names = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
-    if (factors := rope_factors(config)) is not None:
+    if (factors := rope_factors(found.config["transformers"])) is not None:
         writer.add_tensor("rope_freqs.weight", factors)
     parts: dict[str, tuple[int, int, int]] = {}
     for name, stored in found.tensors.items():

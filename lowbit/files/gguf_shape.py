@@ -80,6 +80,13 @@ def check_shape(config: dict[str, Any]) -> None:
             raise refused(
                 config, "order of layers", f"a window in all but each {family.full_every}th"
             )
+        if not config.get("sliding_window"):
+            raise refused(config, "attention", "with windows")
+        caps = [f"{name}_logit_softcapping" for name in ("attn", "final")]
+        if config["model_type"] == "gemma2" and not all(config.get(name) for name in caps):
+            raise refused(config, "attention or head", "whose logits are capped")
+        if config["model_type"] == "gemma3_text" and config.get(caps[0]):
+            raise refused(config, "attention", "whose logits have no cap")
         if config.get("query_pre_attn_scalar", size) != attention_size(config):
             raise refused(config, "scale of attention", f"that of {attention_size(config)}")
     if config["model_type"] == "smollm3" and config.get("no_rope_layers") != _every(

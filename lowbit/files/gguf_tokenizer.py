@@ -18,6 +18,7 @@ from lowbit.text import pre_tokenizers
 from lowbit.text.pre_tokenizers import SPACE
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+PHI3 = "<|endoftext|>"  # without it llama.cpp loads no model of Phi-3's name
 #: Kinds of tokens (llama.h).
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTES = 1, 2, 3, 4, 5, 6
 
@@ -35,16 +36,48 @@ class Vocabulary:
         return self.whole["model"]["vocab"]
 
     @property
+    def known(self) -> set[str]:
+        return {*self.tokens, *(entry["content"] for entry in self.whole["added_tokens"])}
+
+    @property
     def merges(self) -> list[list[str]]:
         found = self.whole["model"]["merges"]
         return [m.split(" ") if isinstance(m, str) else m for m in found]
+
+
+def template_of(description: dict[str, Any]) -> str | None:
+    """The chat template; None where there is no single one."""
+    files = description["files"]
+    settings = json.loads(files.get("tokenizer_config.json", "{}"))
+    found = files.get("chat_template.jinja") or settings.get("chat_template")
+    return found if isinstance(found, str) else None
+
+
+def name_for(description: dict[str, Any], kind: str) -> str | None:
+    """The model's name in GGUF where it decides that spaces after special tokens are taken away:
+    llama.cpp does that to models of the name of Phi-3, and to no others. UserError where they are
+    taken away and cannot be so."""
+    vocabulary, template = vocabulary_of(description), template_of(description) or ""
+    taking = [
+        entry
+        for entry in vocabulary.whole["added_tokens"]
+        if (entry.get("lstrip") or entry.get("rstrip")) and entry["content"] in template
+    ]
+    if not taking:
+        return None
+    if kind == "phi3" and not any(e.get("lstrip") for e in taking) and PHI3 in vocabulary.known:
+        return "phi-3"
+    raise UserError(
+        f"the tokenizer takes spaces beside {taking[0]['content']} away, which cannot be said in "
+        f"GGUF of a {kind}"
+    )
 
 
 def vocabulary_of(description: dict[str, Any]) -> Vocabulary:
     """UserError for a tokenizer that has no form in GGUF here."""
     try:
         whole = json.loads(description["files"]["tokenizer.json"])
-        if whole["model"]["type"] == "BPE":
+        if whole["model"]["type"] == "BPE" and isinstance(whole["model"]["vocab"], dict):
             if whole["model"].get("byte_fallback"):
                 opens = opens_with_space(whole)
                 if opens is not None:
@@ -56,7 +89,7 @@ def vocabulary_of(description: dict[str, Any]) -> Vocabulary:
             )
             if pre is not None:
                 return Vocabulary(whole, pre)
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         pass
     raise UserError(
         "the tokenizer is not one that can be exported to GGUF here: that is byte-level BPE, "
@@ -117,6 +150,8 @@ def add_tokenizer(writer: Any, description: dict[str, Any], rows: int) -> None:
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [UNUSED] * rows
     for token, i in vocabulary.tokens.items():
+        if i >= rows:
+            continue
         tokens[i], types[i] = token, BYTES if pieces and BYTE.fullmatch(token) else NORMAL
     for entry in vocabulary.whole["added_tokens"]:
         if entry["id"] < rows:
@@ -161,6 +196,5 @@ def add_tokenizer(writer: Any, description: dict[str, Any], rows: int) -> None:
     )
     first = next((s["SpecialToken"]["id"] for s in steps[:1] if "SpecialToken" in s), None)
     writer.add_add_bos_token(bos is not None and first is not None and ids.get(first) == bos)
-    template = files.get("chat_template.jinja") or settings.get("chat_template")
-    if isinstance(template, str):
+    if (template := template_of(description)) is not None:
         writer.add_chat_template(template)

@@ -1,7 +1,7 @@
 """Teachers from GGUF files: `transformers` reads them, and what it leaves out is put in here.
 
-It reads no scaling of rotary positions, and not how text is cut before it is merged. A file that
-says something else of its shape than was read is refused.
+It reads no scaling of rotary positions, and not of every file how text is cut before it is merged.
+A file that says something else of its shape than was read is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 from lowbit import UserError, first_line
 from lowbit.extras import require
 from lowbit.files.gguf_shape import (
-    FAMILIES,
     add_shape,
     attention_size,
     family_of,
@@ -30,11 +29,21 @@ from lowbit.models.transformers_lm import (
     checked,
     described,
     quietly,
+    refuse_kind,
     refuse_layers,
     refuse_weights,
 )
 from lowbit.text import pre_tokenizers
 from lowbit.text.tokenizers import TeacherTokenizer, Tokenizer, opening_of
+
+#: What a file says: of the model, and of its tokenizer.
+SAID = {
+    "architecture": "general.architecture",
+    "opens": "tokenizer.ggml.add_bos_token",
+    "tokenizer_model": "tokenizer.ggml.model",
+    "pre": "tokenizer.ggml.pre",
+    "space": "tokenizer.ggml.add_space_prefix",
+}
 
 
 def whole_reader(gguf: Any) -> Any:
@@ -79,13 +88,11 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
     require("accelerate", "gguf")  # transformers asks for it, late
     try:
         reader = whole_reader(gguf)(path)
-        kind, *tokens = (
-            None if (field := reader.get_field(key)) is None else field.contents()
-            for key in (
-                "general.architecture", "tokenizer.ggml.add_bos_token", "tokenizer.ggml.model",
-                "tokenizer.ggml.pre", "tokenizer.ggml.add_space_prefix",
-            )
-        )  # fmt: skip
+        said = {
+            name: None if (field := reader.get_field(key)) is None else field.contents()
+            for name, key in SAID.items()
+        }
+        kind = said.pop("architecture")
         layers = [
             field.contents() for key, field in reader.fields.items() if key.endswith(".block_count")
         ]
@@ -104,17 +111,22 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
             config = transformers.AutoConfig.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True
             )
+            refuse_kind(config.model_type)
+            experts = reader.get_field(f"{kind}.expert_count")
+            if experts is not None and experts.contents():
+                raise UserError(f"--teacher: {path}: a mixture of experts cannot be converted")
             scale_positions(config, reader, kind, f"--teacher: {path}")
             if hasattr(config, "query_pre_attn_scalar"):
                 config.query_pre_attn_scalar = attention_size(described(config))
             compare_shapes(gguf, config, reader, f"--teacher: {path}")
             refuse_weights(config, sum(sizes), f"--teacher: {path}")
-            net = transformers.AutoModelForCausalLM.from_pretrained(
+            net, found = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent,
                 config=config,
                 gguf_file=path.name,
                 dtype=torch.float32,
                 local_files_only=True,
+                output_loading_info=True,
             )
             wrapped = transformers.AutoTokenizer.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True
@@ -125,7 +137,11 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
             raise UserError(
                 f"--teacher: {path} (architecture {kind}) cannot be loaded: {first_line(e)}"
             ) from e
-        cut_as_said(wrapped, *tokens)
+        if missing := sorted(map(str, found["missing_keys"])):  # they would be random
+            raise UserError(f"--teacher: {path}: {missing[0]} is missing")
+        if str(kind).startswith("gemma") and said["space"] is None:
+            said["space"] = False
+        cut_as_said(wrapped, **said)
         # It is float now; that it once was quantised would keep it from being saved.
         net.config.__dict__.pop("quantization_config", None)
         net.hf_quantizer, net.is_quantized = None, False
@@ -172,8 +188,6 @@ def scale_positions(config: Any, reader: Any, kind: str | None, origin: str) -> 
 def compare_shapes(gguf: Any, config: Any, reader: Any, origin: str) -> None:
     """UserError where a file says another number than transformers read, or took for granted."""
     values = described(config)
-    if values["model_type"] not in FAMILIES:
-        return  # refused later, by name
     writer = gguf.GGUFWriter(None, family_of(values).architecture)
     add_shape(writer, gguf, values)
     for key, ours in writer.kv_data[0].items():
@@ -190,17 +204,25 @@ def compare_shapes(gguf: Any, config: Any, reader: Any, origin: str) -> None:
 
 
 def cut_as_said(
-    wrapped: Any, opens: bool | None, kind: str | None, pre: str | None, space: bool | None
+    wrapped: Any,
+    *,
+    opens: bool | None,
+    tokenizer_model: str | None,
+    pre: str | None,
+    space: bool | None,
 ) -> None:
-    """Let a tokenizer open and cut text as a file says: whether a text begins with its token,
-    "gpt2" or "llama" (SentencePiece's pieces), the name of the cuts, and whether a space is put
-    before a text of pieces."""
+    """Let a tokenizer open and cut text as a file says, or as llama.cpp takes for granted: whether
+    a text begins with its token, "gpt2" or "llama" (SentencePiece's pieces), the name of the cuts,
+    and whether a space is put before a text of pieces."""
+    pre = pre_tokenizers.ALSO.get(str(pre), pre)
+    if opens is None and pre == "llama-bpe":
+        opens = True
     if opens not in (None, opening_of(wrapped) is not None) and wrapped.bos_token_id is not None:
         wrapped.add_bos_token = opens
     if not wrapped.is_fast:
         return
     backend = wrapped.backend_tokenizer
-    if kind == "llama":
+    if tokenizer_model == "llama":
         pre_tokenizers.cut_in_pieces(backend, space is not False)
     elif pre in pre_tokenizers.KNOWN:
         backend.pre_tokenizer = pre_tokenizers.make(pre)

@@ -41,6 +41,8 @@ KNOWN: dict[str, list[dict[str, Any]]] = {
 }
 #: What stands for a space in a piece of SentencePiece's.
 SPACE = "\u2581"
+#: Other names that files have for them.
+ALSO = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 #: Of these a word that is a token is not merged.
 WHOLE_WORDS = ("llama-bpe",)
 
