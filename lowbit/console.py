@@ -150,7 +150,6 @@ def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
         kwargs |= {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80}
     else:
         kwargs["bar_format"] = LINE
-    bar = tqdm(*args, file=_Drawing(sys.stderr, draws()), leave=False, **kwargs)
-    if bar.desc and not draws():  # as `set_description` has it
-        bar.desc += ": "
-    return bar
+        if kwargs.get("desc"):  # as `set_description` has it
+            kwargs["desc"] += ": "
+    return tqdm(*args, file=_Drawing(sys.stderr, draws()), leave=False, **kwargs)

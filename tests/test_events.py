@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -211,11 +212,15 @@ def test_a_log_file_is_not_filled(monkeypatch) -> None:
 
 def test_a_line_of_a_bar(monkeypatch) -> None:
     monkeypatch.setattr(console, "LINE_EVERY", 0.0)
+    seconds = itertools.count()
+    clock = SimpleNamespace(monotonic=lambda: float(next(seconds)))
+    monkeypatch.setattr(console, "time", clock)
     monkeypatch.setattr(sys, "stderr", Text())
     with progress_bar(total=4, desc="Training", unit="step", mininterval=0) as bar:
         bar.set_postfix_str("validation 1.2846", refresh=False)
         bar.update(3)
         said = sys.stderr.said.splitlines()
+    assert said[0].startswith("Training: 0%, 0 of 4, ")
     assert said[-1].startswith("Training: 75%, 3 of 4, 00:00 left, ")
     assert said[-1].endswith("step/s, validation 1.2846")
 
