@@ -137,19 +137,20 @@ class _Drawing:
         """`write` does it."""
 
 
-def progress_bar(*args: Any, disable: bool = False, **kwargs: Any) -> tqdm:
+def progress_bar(
+    iterable: Any = None, desc: str | None = None, *, disable: bool = False, **kwargs: Any
+) -> tqdm:
     """A bar on stderr, gone when it is done: a widget in a notebook that has them, lines where
     nothing can be drawn over."""
     if sys.stderr is None or _hushed or disable:
-        return tqdm(*args, disable=True, **kwargs)
+        return tqdm(iterable, desc=desc, disable=True, **kwargs)
     if in_notebook() and importlib.util.find_spec("ipywidgets"):
         from tqdm.auto import tqdm as widget
 
-        return widget(*args, leave=False, **kwargs)
+        return widget(iterable, desc=desc, leave=False, **kwargs)
     if draws():
         kwargs |= {"dynamic_ncols": True} if sys.stderr.isatty() else {"ncols": 80}
     else:
         kwargs["bar_format"] = LINE
-        if kwargs.get("desc"):  # as `set_description` has it
-            kwargs["desc"] += ": "
-    return tqdm(*args, file=_Drawing(sys.stderr, draws()), leave=False, **kwargs)
+        desc = f"{desc}: " if desc else None  # as `set_description` has it
+    return tqdm(iterable, desc=desc, file=_Drawing(sys.stderr, draws()), leave=False, **kwargs)
