@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 SHAPE: dict[str, Any] = dict(
@@ -228,4 +230,38 @@ def student(
     quantize_model(model, mode, more=edge_layers(model, 1), high_bits=bits, embedding_bits=bits)
     path = folder / "student.npz"
     save_packed(path, model, TeacherTokenizer(tokenizer, 320).describe())
+    return path
+
+
+def heard_by_engine(
+    path: Path, letter: int, context: int = 256, most: int = 200
+) -> Callable[[str | list[int]], dict[int, float]]:
+    """What the engine says of the token after a text or after ids: {id: log-probability}, of the
+    most likely ones, before the bias that makes it go on with a letter."""
+    pytest.importorskip("xllamacpp")
+    from lowbit.chat import open_server
+
+    server = open_server(path, context, threads=2)
+
+    def heard(prompt: str | list[int]) -> dict[int, float]:
+        answer = server.handle_completions(
+            {"prompt": prompt, "max_tokens": 1, "n_probs": most, "cache_prompt": False,
+             "logit_bias": [[letter, 1000.0]]}
+        )  # fmt: skip
+        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return {x["id"]: x["logprob"] for x in top}
+
+    return heard
+
+
+def of_pieces(folder: Path, kind: str, tokenizer: Any, **changes: Any) -> Path:
+    """A student with a tokenizer of pieces."""
+    from lowbit.files.packed import save_packed
+    from lowbit.models.transformers_lm import TransformersLM
+    from lowbit.text.tokenizers import TeacherTokenizer
+
+    size = len(tokenizer)
+    net = tiny_net(kind, **{**WIDE, "vocab_size": size, "max_position_embeddings": 512, **changes})
+    path = folder / "student.npz"
+    save_packed(path, TransformersLM(net), TeacherTokenizer(tokenizer, size).describe())
     return path

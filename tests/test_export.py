@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_text
 from families import (
     GEMMA2,
     GEMMA3,
@@ -17,7 +15,7 @@ from families import (
     LONG,
     SMOLLM3,
     WIDE,
-    pieces_tokenizer,
+    heard_by_engine,
     student,
     tiny_net,
     tiny_tokenizer,
@@ -25,11 +23,9 @@ from families import (
 
 import distillation
 from lowbit import UserError, export
-from lowbit.chat import open_server
 from lowbit.files import gguf_file
 from lowbit.files.gguf_file import TYPES, choose_type, export_gguf
 from lowbit.files.gguf_shape import check_shape
-from lowbit.files.gguf_tokenizer import Vocabulary, opens_with_space, scores_of
 from lowbit.files.packed import Packed, Stored, load_packed, read_packed, save_packed
 from lowbit.files.padding import padding
 from lowbit.models.transformers_lm import TransformersLM, build_transformers
@@ -268,22 +264,6 @@ def test_a_padded_file_is_read_back(tmp_path, bits):
 LETTER = 70  # a token that is a letter: the engine reports nothing after half a character
 
 
-def next_tokens(path: Path, prompts: list[list[int]]) -> list[dict[int, float]]:
-    """What the engine says of the token after each prompt: {id: log-probability}, of the most
-    likely 200, before the bias that makes it go on with a letter."""
-    pytest.importorskip("xllamacpp")
-    server = open_server(path, 256, threads=2)
-    found = []
-    for ids in prompts:
-        answer = server.handle_completions(
-            {"prompt": ids, "max_tokens": 1, "n_probs": 200, "cache_prompt": False,
-             "logit_bias": [[LETTER, 1000.0]]}
-        )  # fmt: skip
-        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        found.append({x["id"]: x["logprob"] for x in top})
-    return found
-
-
 class Rounded:
     """Inside, every linear layer of a model reads activations in 8 bits, one scale for so many: as
     the engine's products do."""
@@ -336,7 +316,8 @@ def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
     path = student(tmp_path, kind, mode, **more)
     export_gguf(read_packed(path), tmp_path / "a.gguf", type_)
     prompts = [[0, 40, 41, 77], list(range(10, 60)), [299, 5, 5, 5, 120]]
-    found = next_tokens(tmp_path / "a.gguf", prompts)
+    heard = heard_by_engine(tmp_path / "a.gguf", LETTER)
+    found = [heard(ids) for ids in prompts]
     model = padded(path) if "hidden_size" in more else load_packed(path)[0]
     for ids, theirs in zip(prompts, found, strict=True):
         with torch.no_grad(), Rounded(model, size):
@@ -347,108 +328,6 @@ def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
         )  # KL, but for what is not among the 200
         assert abs(gap) < 0.02
         assert int(ours.argmax()) in sorted(theirs, key=theirs.get)[-3:]
-
-
-def heard_by_engine(path: Path, letter: int) -> Callable[[str | list[int]], dict[int, float]]:
-    """What the engine says after a text or after ids: {id: log-probability}, of the most likely
-    50, before the bias that makes it go on with a letter."""
-    server = open_server(path, 512, threads=1)
-
-    def heard(prompt: str | list[int]) -> dict[int, float]:
-        answer = server.handle_completions(
-            {"prompt": prompt, "max_tokens": 1, "n_probs": 50, "cache_prompt": False,
-             "logit_bias": [[letter, 1000.0]]}
-        )  # fmt: skip
-        top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        return {x["id"]: x["logprob"] for x in top}
-
-    return heard
-
-
-def of_pieces(folder: Path, kind: str, tokenizer) -> Path:
-    """A student with a tokenizer of pieces."""
-    size = len(tokenizer)
-    net = tiny_net(kind, **{**WIDE, "vocab_size": size, "max_position_embeddings": 512})
-    path = folder / "student.npz"
-    save_packed(path, TransformersLM(net), TeacherTokenizer(tokenizer, size).describe())
-    return path
-
-
-@pytest.mark.parametrize("opens", [True, False])
-def test_the_engine_cuts_pieces_as_we_do(tmp_path, opens):
-    """The same distribution after a text as after the ids that transformers makes of it; of some
-    ids there is no other text."""
-    tokenizer = pieces_tokenizer(opens)
-    export_gguf(read_packed(of_pieces(tmp_path, "llama", tokenizer)), tmp_path / "a.gguf")
-    heard = heard_by_engine(tmp_path / "a.gguf", tokenizer.convert_tokens_to_ids("a"))
-    texts = [make_text(300), "The miller's 12345  letters,\n\n é don't ", "  北京 🙂", "x"]
-    for text in texts:
-        assert heard(text) == heard(tokenizer(text)["input_ids"])
-    ids = tokenizer(texts[0])["input_ids"]
-    assert len(ids) < 0.6 * len(texts[0])  # pieces, not letters
-    assert heard(texts[0]) != heard([*ids[:-2], *ids[-1:]])
-
-
-def test_tokens_that_take_spaces_away(tmp_path):
-    """Phi-3's do; of other families the file could not say it."""
-    from tokenizers import AddedToken
-
-    tokenizer = pieces_tokenizer()
-    turns = ["<|user|>", "<|end|>"]
-    tokenizer.add_tokens([AddedToken(t, special=True, rstrip=True) for t in turns], True)
-    tokenizer.add_tokens([AddedToken("<|endoftext|>", special=True)], True)
-    tokenizer.chat_template = "<|user|>\n{{ messages[0].content }}<|end|>\n"
-    path = of_pieces(tmp_path, "phi3", tokenizer)
-    export_gguf(read_packed(path), tmp_path / "a.gguf")
-    heard = heard_by_engine(tmp_path / "a.gguf", tokenizer.convert_tokens_to_ids("a"))
-    text = "<|user|>\nthe mill<|end|>\nthe"
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.convert_tokens_to_ids("<0x0A>") not in ids
-    assert heard(text) == heard(ids)
-    with pytest.raises(UserError, match=r"spaces beside <\|user\|> away"):
-        export_gguf(read_packed(of_pieces(tmp_path, "llama", tokenizer)), tmp_path / "b.gguf")
-
-
-def test_pieces_without_scores():
-    """Where no scores merge as the list of pairs does, there is no such file."""
-
-    def vocabulary(*merges: str) -> Vocabulary:
-        tokens = {t: i for i, t in enumerate(["a", "b", "c", "ab", "bc", "abc"])}
-        return Vocabulary(
-            {"model": {"vocab": tokens, "merges": list(merges)}, "added_tokens": []}, None
-        )
-
-    whole = ("a b", "b c", "ab c", "a bc")
-    assert scores_of(vocabulary(*whole)) == {"ab": 0.0, "bc": -1.0, "abc": -2.0}
-    with pytest.raises(ValueError, match="not in the list"):
-        scores_of(vocabulary(*whole[:3]))
-    with pytest.raises(ValueError, match="stand apart"):
-        scores_of(vocabulary("a b", "ab c", "b c", "a bc"))
-
-
-def normalized(*steps: dict, cut: dict | None = None) -> dict:
-    """What is done to a text before it is cut in pieces."""
-    return {"normalizer": {"type": "Sequence", "normalizers": list(steps)}, "pre_tokenizer": cut}
-
-
-PREPEND = {"type": "Prepend", "prepend": "\u2581"}
-REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
-META = {"type": "Metaspace", "replacement": "\u2581", "split": False}
-
-
-@pytest.mark.parametrize(
-    ("done", "opens"),
-    [(normalized(PREPEND, REPLACE), True), (normalized(REPLACE), False),
-     ({"normalizer": REPLACE, "pre_tokenizer": None}, False),
-     (normalized(REPLACE, cut={"type": "Split", "pattern": {"String": " "}}), False),
-     ({"normalizer": None, "pre_tokenizer": {**META, "prepend_scheme": "first"}}, True),
-     ({"normalizer": None, "pre_tokenizer": {**META, "prepend_scheme": "never"}}, False),
-     ({"normalizer": None, "pre_tokenizer": {**META, "split": True}}, None),
-     ({"normalizer": None, "pre_tokenizer": None}, None),
-     (normalized({"type": "NFKC"}, REPLACE), None)],
-)  # fmt: skip
-def test_what_is_done_to_a_text(done, opens):
-    assert opens_with_space(done) is opens
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_text
-from families import GEMMA2, GEMMA3, LLAMA3, LONG, WIDE, pieces_tokenizer, student, tiny_net
+from families import GEMMA2, GEMMA3, LLAMA3, LONG, of_pieces, pieces_tokenizer, student
 
 from lowbit import UserError
 from lowbit.files import gguf_file
 from lowbit.files.gguf_file import export_gguf
-from lowbit.files.packed import load_packed, read_packed, save_packed
+from lowbit.files.packed import load_packed, read_packed
 from lowbit.models.teacher import load_teacher
-from lowbit.models.transformers_lm import TransformersLM
-from lowbit.text.tokenizers import TeacherTokenizer, tokenizer_from
+from lowbit.text.tokenizers import tokenizer_from
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -83,11 +82,8 @@ def test_another_scaling_is_refused(tmp_path, monkeypatch):
 def test_pieces_are_cut_as_the_file_says(tmp_path, kind, opens):
     """With or without a space before the text, also after the tokenizer was stored and read."""
     written = pieces_tokenizer(opens)
-    size = len(written)
-    net = tiny_net(kind, **{**WIDE, "vocab_size": size}, query_pre_attn_scalar=64)
-    model = TransformersLM(net)
-    save_packed(tmp_path / "s.npz", model, TeacherTokenizer(written, size).describe())
-    export_gguf(read_packed(tmp_path / "s.npz"), tmp_path / "a.gguf")
+    path = of_pieces(tmp_path, kind, written, query_pre_attn_scalar=64)
+    export_gguf(read_packed(path), tmp_path / "a.gguf")
     read = load_teacher(str(tmp_path / "a.gguf"))[1]
     again = tokenizer_from(read.describe())
     for text in (make_text(100), "The miller's 12345  letters,\n\n é don't ", "  北京 🙂", "x"):

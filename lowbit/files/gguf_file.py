@@ -28,7 +28,7 @@ from lowbit import UserError
 from lowbit.extras import require
 from lowbit.files.atomic import atomic_write
 from lowbit.files.gguf_shape import add_shape, check_shape, family_of, laid_out, rope_factors
-from lowbit.files.gguf_tokenizer import add_tokenizer, name_for
+from lowbit.files.gguf_tokenizer import Vocabulary, add_tokenizer, name_for, vocabulary_of
 from lowbit.files.packed import Packed, Stored
 from lowbit.files.padding import Padding, padding
 
@@ -177,10 +177,10 @@ def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None)
     cannot be said in GGUF, or the file cannot be written.
     """
     gguf = require("gguf", "gguf")
-    check_exportable(found.config, found.tokenizer)
+    vocabulary = check_exportable(found.config, found.tokenizer)
     chosen, reason, zeros = choose_type(found, kind)
     writer = gguf.GGUFWriter(None, family_of(found.config["transformers"]).architecture)
-    parts = fill(writer, gguf, found, chosen, zeros)
+    parts = fill(writer, gguf, found, vocabulary, chosen, zeros)
 
     def write(f: IO[bytes]) -> None:
         writer.write_header_to_file(Path(f.name))
@@ -197,18 +197,26 @@ def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None)
     return Exported(target, name, parts, reason, target.stat().st_size)
 
 
-def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> None:
-    """UserError for a model or a tokenizer that GGUF cannot hold, before anything is trained."""
+def check_exportable(config: dict[str, Any], tokenizer: dict[str, Any]) -> Vocabulary:
+    """UserError for a model or a tokenizer that GGUF cannot hold, before anything is trained.
+    Returns the tokenizer's vocabulary."""
     if "transformers" not in config:
         raise UserError(
             "a student of bytes has no form in GGUF: its vocabulary is not one that engines know"
         )
     check_shape(config["transformers"])
-    name_for(tokenizer, config["transformers"]["model_type"])
+    vocabulary = vocabulary_of(tokenizer)
+    name_for(vocabulary, tokenizer, config["transformers"]["model_type"])
+    return vocabulary
 
 
 def fill(
-    writer: Any, gguf: Any, found: Packed, chosen: str, zeros: Padding | None
+    writer: Any,
+    gguf: Any,
+    found: Packed,
+    vocabulary: Vocabulary,
+    chosen: str,
+    zeros: Padding | None,
 ) -> dict[str, tuple[int, int, int]]:
     """Everything that the file says. Returns what `Exported` says of the tensors."""
     config = zeros.config if zeros else found.config["transformers"]
@@ -217,8 +225,8 @@ def fill(
     if chosen in FILE_TYPES:
         writer.add_file_type(FILE_TYPES[chosen])
     rows = found.tensors["model.embed_tokens.weight"].values.shape[0]
-    add_tokenizer(writer, found.tokenizer, rows)
-    if (name := name_for(found.tokenizer, config["model_type"])) is not None:
+    add_tokenizer(writer, vocabulary, found.tokenizer, rows)
+    if (name := name_for(vocabulary, found.tokenizer, config["model_type"])) is not None:
         writer.add_name(name)
 
     architecture = getattr(gguf.MODEL_ARCH, family_of(config).architecture.upper())

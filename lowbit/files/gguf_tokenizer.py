@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lowbit import UserError
@@ -30,6 +30,7 @@ class Vocabulary:
     whole: dict[str, Any]
     pre: str | None  # how text is cut before merges; None: pieces, nothing is cut
     opens: bool = False  # of pieces: a space is put before a text
+    scores: dict[str, float] = field(default_factory=dict)  # of pieces
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -53,11 +54,11 @@ def template_of(description: dict[str, Any]) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def name_for(description: dict[str, Any], kind: str) -> str | None:
+def name_for(vocabulary: Vocabulary, description: dict[str, Any], kind: str) -> str | None:
     """The model's name in GGUF where it decides that spaces after special tokens are taken away:
     llama.cpp does that to models of the name of Phi-3, and to no others. UserError where they are
     taken away and cannot be so."""
-    vocabulary, template = vocabulary_of(description), template_of(description) or ""
+    template = template_of(description) or ""
     taking = [
         entry
         for entry in vocabulary.whole["added_tokens"]
@@ -82,7 +83,7 @@ def vocabulary_of(description: dict[str, Any]) -> Vocabulary:
                 opens = opens_with_space(whole)
                 if opens is not None:
                     found = Vocabulary(whole, None, opens)
-                    scores_of(found)
+                    found.scores = scores_of(found)
                     return found
             pre = pre_tokenizers.name_of(
                 whole["pre_tokenizer"], bool(whole["model"].get("ignore_merges"))
@@ -142,10 +143,11 @@ def scores_of(vocabulary: Vocabulary) -> dict[str, float]:
     return {piece: -float(found[0]) for piece, found in places.items()}
 
 
-def add_tokenizer(writer: Any, description: dict[str, Any], rows: int) -> None:
+def add_tokenizer(
+    writer: Any, vocabulary: Vocabulary, description: dict[str, Any], rows: int
+) -> None:
     """Vocabulary of so many rows, merges or scores, special tokens and chat template."""
     files = description["files"]
-    vocabulary = vocabulary_of(description)
     pieces = vocabulary.pre is None
     tokens = [f"[PAD{i}]" for i in range(rows)]
     types = [UNUSED] * rows
@@ -167,7 +169,7 @@ def add_tokenizer(writer: Any, description: dict[str, Any], rows: int) -> None:
     if pieces:
         if (unknown := special("unk")) is not None:
             types[unknown] = UNKNOWN
-        scores = scores_of(vocabulary)
+        scores = vocabulary.scores
         lowest = -float(len(vocabulary.merges))
         writer.add_tokenizer_model("llama")
         writer.add_token_list(tokens)
