@@ -83,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--type",
         choices=[PACKED, *sorted(TYPES)],
-        help="of the low-bit weights in GGUF (default: the fastest that holds them exactly as they "
-        "are; tq2_0 and tq1_0 pad rows with zeros), or packed: hf with codes instead of float32, "
-        "for transformers with compressed-tensors",
+        help="of the low-bit weights in GGUF (default: the fastest on CPUs that holds them exactly "
+        "as they are; q2_0 is for GPUs and Macs; tq2_0 and tq1_0 pad rows with zeros), or packed: "
+        "hf with codes instead of float32, for transformers with compressed-tensors",
     )
     o = parser.parse_args(argv)
     say = Printer()

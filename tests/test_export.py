@@ -81,6 +81,19 @@ def test_one_bit_blocks_by_hand():
     assert raw[0, 2:].tolist() == [0b1001] + [0] * 14 + [0b10000000]
 
 
+def test_two_bit_blocks_by_hand():
+    """18 bytes for 64 weights: the scale, then four codes a byte, the first in the lowest bits,
+    each with one added."""
+    codes = np.zeros((1, 128), np.int8)
+    codes[0, [0, 1, 63]] = 1, -1, -1
+    codes[0, 64:] = -1
+    raw = gguf_file.q2_0(Stored("ternary", codes, np.array([[0.5]], np.float32)))
+    assert raw.shape == (1, 36)
+    assert raw[0, :2].tobytes() == raw[0, 18:20].tobytes() == np.float16(0.5).tobytes()
+    assert raw[0, 2:18].tolist() == [0b01_01_00_10] + [0b01_01_01_01] * 14 + [0b00_01_01_01]
+    assert raw[0, 20:].tolist() == [0] * 16
+
+
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("type_", ["tq2_0", "tq1_0", "q4_0"])
 def test_a_file_holds_the_student(tmp_path, kind, type_):
@@ -120,7 +133,9 @@ def test_the_type_is_the_fastest_that_is_exact():
     assert choose_type(packed("1bit", 384), None)[0] == "q1_0"
     chosen, why, zeros = choose_type(packed("ternary", 512, 576), None)
     assert (chosen, zeros) == ("q4_0", None)
-    assert "not of 576" in why
+    assert "not of 576 (smaller: lowbit.export --type q2_0, for GPUs and Macs)" in why
+    assert choose_type(packed("ternary", 512, 608), None)[1].endswith("not of 608")
+    assert choose_type(packed("ternary", 576), "q2_0") == ("q2_0", "as asked", None)
     assert choose_type(packed("ternary", 256), "tq1_0")[0] == "tq1_0"
     with pytest.raises(UserError, match=r"multiple of 128 weights; .* rows of 576; use q4_0"):
         choose_type(packed("1bit", 576), "q1_0")
@@ -208,7 +223,7 @@ def test_zeros_change_nothing(tmp_path, kind, more):
         assert w.ndim < 2 or w.shape[1] % 256 == 0, name
     weights = [sum(p.numel() for p in m.net.parameters()) for m in (model, wide)]
     assert counted == weights[1] / weights[0]
-    hint = "--type tq2_0 fills them with zeros" in choose_type(found, None)[1]
+    hint = "tq2_0, filled with zeros" in choose_type(found, None)[1]
     assert hint == (counted <= gguf_file.MOST_PADDING)
     ids = torch.arange(40)[None] * 7 % 300
     with torch.no_grad():
@@ -291,6 +306,8 @@ class Rounded:
     ("kind", "mode", "type_", "size", "more"),
     [("llama", "ternary", "q4_0", 32, {}), ("llama", "ternary", "tq2_0", 256, {}),
      ("llama", "ternary", "tq1_0", 256, {}), ("llama", "1bit", "q1_0", 32, {}),
+     ("llama", "ternary", "q2_0", 32, {"bits": 4}),
+     ("qwen2", "ternary", "q2_0", 32, {**ODD, "intermediate_size": 960}),
      ("qwen2", "ternary", "q4_0", 32, {}), ("qwen3", "ternary", "tq2_0", 256, {}),
      ("llama", "ternary", "tq2_0", 256, {"bits": 4}),
      ("llama", "ternary", "q4_0", 32, {"bits": 4, "tie_word_embeddings": False}),
@@ -318,7 +335,8 @@ def test_the_engine_says_what_we_say(tmp_path, kind, mode, type_, size, more):
     prompts = [[0, 40, 41, 77], list(range(10, 60)), [299, 5, 5, 5, 120]]
     heard = heard_by_engine(tmp_path / "a.gguf", LETTER)
     found = [heard(ids) for ids in prompts]
-    model = padded(path) if "hidden_size" in more else load_packed(path)[0]
+    zeros = size == 256 and "hidden_size" in more
+    model = padded(path) if zeros else load_packed(path)[0]
     for ids, theirs in zip(prompts, found, strict=True):
         with torch.no_grad(), Rounded(model, size):
             ours = model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)
@@ -394,7 +412,8 @@ def test_the_command(tmp_path, capsys):
     path = student(tmp_path, "llama")
     assert export.main([str(tmp_path), "--to", "gguf"]) == 0
     out = capsys.readouterr().out
-    assert "Low-bit weights are TQ2_0: the fastest that holds ternary weights exactly" in out
+    assert "Low-bit weights are TQ2_0: the fastest on CPUs that holds ternary weights" in out
+    assert "exactly (lowbit.export --type q2_0, for GPUs and Macs)" in out
     assert (tmp_path / "student.gguf").exists()
     assert f"{(tmp_path / 'student.gguf').stat().st_size:,} bytes" in out
     assert export.main([str(path), "--to", "hf", "--output", str(tmp_path / "hf")]) == 0
@@ -439,11 +458,13 @@ def test_what_cannot_be_exported(tmp_path, capsys, tiny_teacher, monkeypatch):
     said = refused(capsys, small, "--to", "gguf", "--type", "tq2_0")
     assert "rows of 96 padded to 256 and of 128 padded to 256 with zeros" in said
     assert "times as many; use q4_0" in said
+    said = refused(capsys, small, "--to", "gguf", "--type", "q2_0")
+    assert "needs rows of a multiple of 64 weights; this model has rows of 96; use q4_0" in said
     one_bit = student(tmp_path, "llama", "1bit", **ODD)
     assert "cannot hold 1bit" in refused(capsys, one_bit, "--to", "gguf", "--type", "tq2_0")
     odd = student(tmp_path, "gemma", hidden_size=192, head_dim=64)
     said = refused(capsys, odd, "--to", "gguf", "--type", "tq2_0")
-    assert "this gemma has rows of 192, which are not padded here; use q4_0" in said
+    assert "this gemma has rows of 192, which are not padded here; use q2_0 or q4_0" in said
     monkeypatch.setattr(pre_tokenizers, "KNOWN", {})
     assert "byte-level BPE" in refused(capsys, student_of(tmp_path), "--to", "gguf")
 
@@ -475,7 +496,7 @@ def test_a_run_exports(tmp_path, text_file, capsys):
     assert distillation.main(words) == 0
     out = capsys.readouterr().out
     assert "Low-bit weights are Q4_0: exact, and tq2_0 needs rows of a multiple of 256" in out
-    assert "--type tq2_0 fills them" not in out  # rows of 64 would be four times as long
+    assert "filled with zeros" not in out  # rows of 64 would be four times as long
     assert list((tmp_path / "o").glob("*.gguf"))
     assert distillation.main([*words[2:], "--teacher", "embedded"]) == 2
     assert "student of bytes" in capsys.readouterr().err

@@ -63,6 +63,14 @@ def test_what_would_be_read_wrongly_is_refused(tmp_path, kind, changes, said):
         load_teacher(str(written))
 
 
+def test_weights_of_an_unknown_type_are_refused(tmp_path, monkeypatch):
+    """As Q2_0 is, until the package knows it."""
+    monkeypatch.setattr(gguf_file, "NUMBERS", {"Q2_0": 999})
+    written = export_gguf(read_packed(student(tmp_path, "llama")), tmp_path / "a.gguf", "q2_0").path
+    with pytest.raises(UserError, match=r"a\.gguf holds a type .* does not know: .*999"):
+        load_teacher(str(written))
+
+
 def test_another_scaling_is_refused(tmp_path, monkeypatch):
     add = gguf_file.add_shape
 

@@ -5,6 +5,8 @@ Codes and scales go into the format's blocks as they are, without rounding once 
     TQ2_0   256 weights, 2 bits each and a float16 scale: ternary, rows that 256 divides or that
             zeros make so (`lowbit.files.padding`)
     TQ1_0   the same in 1.69 bits, slower to read
+    Q2_0    64 weights, 2 bits each and a float16 scale: ternary, rows that 64 divides; what GPUs
+            have products for (llama.cpp of August 2026 and later)
     Q4_0    32 weights, 4 bits each and a float16 scale: a code c is written as c + 8; also what the
             student holds in 4 bits
     Q1_0    128 weights, a bit each and a float16 scale: 1-bit, rows that 128 divides
@@ -36,11 +38,14 @@ from lowbit.files.padding import Padding, padding
 TYPES = {
     "tq2_0": (256, ("ternary",)),
     "tq1_0": (256, ("ternary",)),
+    "q2_0": (64, ("ternary",)),
     "q1_0": (128, ("1bit",)),
     "q4_0": (32, ("ternary", "1bit")),
 }
 #: general.file_type, where it has a number of its own.
 FILE_TYPES = {"tq2_0": 37, "tq1_0": 36, "q4_0": 2}
+#: Numbers of types that the package gguf has no name for.
+NUMBERS = {"Q2_0": 42}
 #: Types for which rows are padded with zeros, and how many times as many weights that may make.
 PADDED = ("tq2_0", "tq1_0")
 MOST_PADDING = 1.5
@@ -85,6 +90,14 @@ def q1_0(stored: Stored) -> np.ndarray:
     return _joined(_scales(stored, bits.shape[1]), bits)
 
 
+def q2_0(stored: Stored) -> np.ndarray:
+    """Codes (O, I) in {-1, 0, 1} -> bytes (O, I / 64 * 18): entry 4 j + n in bits 2n and 2n + 1 of
+    byte j."""
+    fours = (_blocks(stored, 64) + 1).astype(np.uint8).reshape(len(stored.values), -1, 16, 4)
+    packed = np.bitwise_or.reduce(fours << np.array([0, 2, 4, 6], np.uint8), axis=-1)
+    return _joined(_scales(stored, packed.shape[1]), packed)
+
+
 def tq2_0(stored: Stored) -> np.ndarray:
     """Codes (O, I) in {-1, 0, 1} -> bytes (O, I / 256 * 66): of each half of a block, entry
     j + 32 n in bits 2n and 2n + 1 of byte j."""
@@ -107,7 +120,7 @@ def _joined(*parts: np.ndarray) -> np.ndarray:
 
 
 ENCODERS: dict[str, Callable[[Stored], np.ndarray]] = {
-    "tq2_0": tq2_0, "tq1_0": tq1_0, "q1_0": q1_0, "q4_0": q4_0, "q8_0": q8_0,
+    "tq2_0": tq2_0, "tq1_0": tq1_0, "q2_0": q2_0, "q1_0": q1_0, "q4_0": q4_0, "q8_0": q8_0,
 }  # fmt: skip
 
 
@@ -133,32 +146,37 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
     kind = next((t.kind for t in low.values()), "ternary")
     widths = sorted({t.values.shape[1] for t in low.values()})
     odd = {t: [w for w in widths if w % size] for t, (size, _) in TYPES.items()}
+    good = [t for t, (_, kinds) in TYPES.items() if kind in kinds]
     if asked is not None:
-        if kind not in TYPES[asked][1]:
-            good = [t for t, (_, kinds) in TYPES.items() if kind in kinds]
+        if asked not in good:
             raise UserError(f"--type {asked} cannot hold {kind} weights; use {' or '.join(good)}")
         if not odd[asked]:
             return asked, "as asked", None
         size = TYPES[asked][0]
         needs = f"--type {asked} needs rows of a multiple of {size} weights"
+        use = f"use {' or '.join(t for t in good if not odd[t]) or 'another student'}"
         if asked not in PADDED:
-            raise UserError(f"{needs}; this model has rows of {odd[asked][0]}; use q4_0")
+            raise UserError(f"{needs}; this model has rows of {odd[asked][0]}; {use}")
         values = found.config["transformers"]
         if not family_of(values).padded:
             raise UserError(
                 f"{needs}; this {values['model_type']} has rows of {odd[asked][0]}, which are not "
-                "padded here; use q4_0"
+                f"padded here; {use}"
             )
         zeros = padding(values, size)
         larger = zeros.growth(found)
         if larger > MOST_PADDING:
             raise UserError(
-                f"{needs}; with {zeros} this model has {larger:.2f} times as many; use q4_0"
+                f"{needs}; with {zeros} this model has {larger:.2f} times as many; {use}"
             )
         return asked, f"as asked, {zeros}", zeros
     best = "tq2_0" if kind == "ternary" else "q1_0"
+    others = []
+    if kind == "ternary" and not odd["q2_0"]:
+        others.append("q2_0, for GPUs and Macs")
     if not odd[best]:
-        return best, f"the fastest that holds {kind} weights exactly", None
+        why = f"the fastest on CPUs that holds {kind} weights exactly"
+        return best, why + _ways(others), None
     if odd["q4_0"]:
         raise UserError(f"rows of {odd['q4_0'][0]} weights fit no block of GGUF (32 divide them)")
     size = TYPES[best][0]
@@ -166,8 +184,15 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
     if best in PADDED and found.of_transformers and family_of(found.config["transformers"]).padded:
         zeros = padding(found.config["transformers"], size)
         if zeros.growth(found) <= MOST_PADDING:
-            why += f" (lowbit.export --type {best} fills them with zeros: smaller)"
-    return "q4_0", why, None
+            others.append(f"{best}, filled with zeros, for CPUs")
+    return "q4_0", why + _ways(others, smaller=True), None
+
+
+def _ways(types: list[str], smaller: bool = False) -> str:
+    """What else the file could be made of."""
+    if not types:
+        return ""
+    return f" ({'smaller: ' if smaller else ''}lowbit.export --type {', or '.join(types)})"
 
 
 def export_gguf(found: Packed, path: str | os.PathLike, kind: str | None = None) -> Exported:
@@ -240,8 +265,12 @@ def fill(
             raise UserError(f"tensor {name} has no name in GGUF")
         held = laid_out(name, zeros(name, stored) if zeros else stored, config)
         array, label = encoded(name, held, chosen)
-        raw = None if label == "F32" else getattr(gguf.GGMLQuantizationType, label)
-        writer.add_tensor(named, array, raw_dtype=raw)
+        if label == "F32":
+            writer.add_tensor(named, array)
+        elif label in NUMBERS:  # the package cannot tell the shape from the bytes
+            writer.add_tensor(named, array.view(np.int8), held.values.shape, NUMBERS[label])
+        else:
+            writer.add_tensor(named, array, raw_dtype=gguf.GGMLQuantizationType[label])
         tensors, weights, size = parts.get(label, (0, 0, 0))
         parts[label] = (tensors + 1, weights + stored.values.size, size + array.nbytes)
     return parts

@@ -99,9 +99,11 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
         sizes = [int(t.n_elements) for t in reader.tensors]
         ends = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
     except Exception as e:
-        raise UserError(
-            f"--teacher: {path} is damaged, cut off, or no GGUF: {first_line(e)}"
-        ) from e
+        why = first_line(e)
+        what = "is damaged, cut off, or no GGUF"
+        if "GGMLQuantizationType" in why:
+            what = "holds a type of weights that the package gguf does not know"
+        raise UserError(f"--teacher: {path} {what}: {why}") from e
     if not ends or ends > path.stat().st_size:
         raise UserError(f"--teacher: {path} is cut off: it ends before its tensors do")
     for count in layers:  # the library reads that of any architecture
