@@ -95,6 +95,7 @@ def test_blocks_called_one_by_one_make_the_whole(folders, kind):
             assert torch.allclose(x, hidden[:1], atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize(
     ("kind", "groups", "writers"),
     [
@@ -105,10 +106,12 @@ def test_blocks_called_one_by_one_make_the_whole(folders, kind):
         ("phi3", ["qkv", "o", "gate_up", "down"], ["o", "down"]),
     ],
 )
-def test_what_reads_the_same_and_what_writes_to_the_stream(folders, kind, groups, writers):
+def test_what_reads_the_same_and_what_writes_to_the_stream(folders, kind, groups, writers, dtype):
+    """Also where products are in bfloat16."""
     teacher, _ = load_teacher(str(folders[kind]))
-    x, calls = block_calls(teacher, IDS[:1])
-    found = wiring(teacher.blocks[0], calls[0], x)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        x, calls = block_calls(teacher, IDS[:1])
+        found = wiring(teacher.blocks[0], calls[0], x)
 
     def short(name: str) -> str:
         return name.rpartition(".")[2].removesuffix("_proj")

@@ -256,7 +256,8 @@ def wiring(block: nn.Module, call: Call, x: torch.Tensor) -> Wiring:
         else:
             groups.append([name])
     wide = [n for n in reads if gives[n].shape == x.shape and n in [g[0] for g in groups[1:]]]
-    change = after - x
-    rest = change - sum(gives[n] for n in wide) if wide else change
-    plain = bool(rest.norm() <= 1e-3 * change.norm())
+    change = after.float() - x.float()
+    rest = change - sum(gives[n].float() for n in wide) if wide else change
+    # A sum in bfloat16, here or in the block, is wrong by 0.2 %.
+    plain = bool(rest.norm() <= 0.01 * change.norm())
     return Wiring(groups, wide if plain else [])
