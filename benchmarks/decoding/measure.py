@@ -35,7 +35,7 @@ from studies.bench import RunLog, machine  # noqa: E402
 from studies.shapes import config  # noqa: E402
 
 SHAPES = {"smollm2-135m": config("SmolLM2-135M"), "llama-1.1b": config("TinyLlama-1.1B")}
-TYPES = ("tq2_0", "tq1_0", "q4_0")
+TYPES = ("tq2_0", "tq1_0", "q2_0", "q4_0")
 PROMPT = list(range(8))
 #: Matrices whose rounding costs most for their size, the dearest last.
 DEAR = tuple(f"self_attn.{name}" for name in ("o_proj", "q_proj", "v_proj", "k_proj"))

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path, help="a student of 140 steps")
     parser.add_argument("--target_bits", default="2", help="of the student")
     parser.add_argument("--folder", type=Path, default=HERE)
-    parser.add_argument("--types", nargs="+", choices=TYPES, default=TYPES)
+    parser.add_argument("--types", nargs="*", choices=TYPES, default=TYPES)
     o = parser.parse_args()
     device = torch.device("cpu")
     teacher, tokenizer = load_teacher("smollm2")[:2]

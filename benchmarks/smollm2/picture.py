@@ -20,7 +20,7 @@ def read(study: str) -> dict:
 
 
 def main() -> None:
-    run, larger = read("smollm2")["runs"][0], read("smollm2_target_bits")["runs"][0]
+    run, larger = (read(f"smollm2_{x}")["runs"][0] for x in ("float32", "target_bits"))
     shapes = [
         r
         for r in read("decoding")["runs"]
@@ -33,7 +33,6 @@ def main() -> None:
         (r["model"], r.get("dear_in_4_bits")): r["texts"]["documentation"]["loss"]
         for r in read("llama_types")["models"]
     }
-    packed = json.loads((HERE / "written_anew.json").read_text())[0]["bytes"]
     printed = json.loads((HERE / "runs.jsonl").read_text().splitlines()[0])["printed"]
     float32 = float(re.search(r"packed, (\S+) in float32", printed)[1].replace(",", ""))
     panels: dict[str, tuple[int, dict[str, float]]] = {  # decimals, bars
@@ -42,7 +41,8 @@ def main() -> None:
             "original, Q4_1": TEACHER_BYTES / 1e6,
             "original, Q4_0": gguf["q4_0"] / 1e6,  # every matrix, of either, is in Q4_0
             "student, TQ2_0": gguf["tq2_0"] / 1e6,
-            "student, our format": packed / 1e6,
+            "student, Q2_0": gguf["q2_0"] / 1e6,
+            "student, our format": run["file_bytes"] / 1e6,
             f"student, {MORE}": larger["file_bytes"] / 1e6,
         }),
         "Tokens a second in llama.cpp": (1, {
@@ -55,7 +55,6 @@ def main() -> None:
             "Q3_K, 3.4 bits": rivals["q3_k", False],
             "IQ2_XXS, 2.5 bits": rivals["iq2_xxs", True],
             "rounded": starts["--calibrate=false"],
-            "calibrated": starts["--calibrate"],
             "student": run["loss"],
             f"student, {MORE}": larger["loss"],
         }),
