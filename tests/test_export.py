@@ -223,12 +223,22 @@ def test_zeros_change_nothing(tmp_path, kind, more):
         assert w.ndim < 2 or w.shape[1] % 256 == 0, name
     weights = [sum(p.numel() for p in m.net.parameters()) for m in (model, wide)]
     assert counted == weights[1] / weights[0]
-    hint = "tq2_0, filled with zeros" in choose_type(found, None)[1]
-    assert hint == (counted <= gguf_file.MOST_PADDING)
+    if counted > gguf_file.MOST_PADDING:
+        assert "filled with zeros" not in choose_type(found, None)[1]
     ids = torch.arange(40)[None] * 7 % 300
     with torch.no_grad():
         ours, theirs = (m.double()(ids).logits for m in (model, wide))
     torch.testing.assert_close(theirs, ours, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("layers", [2, 5])
+def test_zeros_are_offered_where_they_make_the_file_smaller(tmp_path, layers):
+    """The first layer has 4 bits, which grow with the rows."""
+    path = student(tmp_path, "llama", bits=4, num_hidden_layers=layers, **ODD)
+    found = read_packed(path)
+    sizes = [export_gguf(found, tmp_path / "a.gguf", t).file_bytes for t in ("tq2_0", "q4_0")]
+    hint = "tq2_0, filled with zeros" in choose_type(found, None)[1]
+    assert hint == (sizes[0] < sizes[1]) == (layers == 5)
 
 
 @pytest.mark.parametrize(

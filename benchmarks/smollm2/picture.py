@@ -53,6 +53,7 @@ def main() -> None:
         "Loss, nats a token": (2, {
             "original, Q4_1": run["teacher"],
             "Q3_K, 3.4 bits": rivals["q3_k", False],
+            "Q2_K, 2.6 bits": rivals["q2_k", False],
             "IQ2_XXS, 2.5 bits": rivals["iq2_xxs", True],
             "rounded": starts["--calibrate=false"],
             "student": run["loss"],

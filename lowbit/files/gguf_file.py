@@ -6,7 +6,7 @@ Codes and scales go into the format's blocks as they are, without rounding once 
             zeros make so (`lowbit.files.padding`)
     TQ1_0   the same in 1.69 bits, slower to read
     Q2_0    64 weights, 2 bits each and a float16 scale: ternary, rows that 64 divides; what GPUs
-            have products for (llama.cpp of August 2026 and later)
+            have products for (llama.cpp since July 2026)
     Q4_0    32 weights, 4 bits each and a float16 scale: a code c is written as c + 8; also what the
             student holds in 4 bits
     Q1_0    128 weights, a bit each and a float16 scale: 1-bit, rows that 128 divides
@@ -42,6 +42,8 @@ TYPES = {
     "q1_0": (128, ("1bit",)),
     "q4_0": (32, ("ternary", "1bit")),
 }
+#: Bits a weight, scales included, of the types that are compared.
+BITS = {"tq2_0": 2.0625, "q4_0": 4.5, "q8_0": 8.5}
 #: general.file_type, where it has a number of its own.
 FILE_TYPES = {"tq2_0": 37, "tq1_0": 36, "q4_0": 2}
 #: Numbers of types that the package gguf has no name for.
@@ -183,9 +185,16 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
     why = f"exact, and {best} needs rows of a multiple of {size}, not of {odd[best][0]}"
     if best in PADDED and found.of_transformers and family_of(found.config["transformers"]).padded:
         zeros = padding(found.config["transformers"], size)
-        if zeros.growth(found) <= MOST_PADDING:
+        before = sum(t.values.size * _bits(t, "q4_0") for t in found.tensors.values())
+        after = sum(zeros.size(n, t) * _bits(t, best) for n, t in found.tensors.items())
+        if zeros.growth(found) <= MOST_PADDING and after < before:
             others.append(f"{best}, filled with zeros, for CPUs")
     return "q4_0", why + _ways(others, smaller=True), None
+
+
+def _bits(stored: Stored, low_bit: str) -> float:
+    """Of a weight of a tensor in the file."""
+    return 32 if stored.scale is None else BITS[HELD.get(stored.kind, low_bit)]
 
 
 def _ways(types: list[str], smaller: bool = False) -> str:

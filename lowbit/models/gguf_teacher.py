@@ -102,7 +102,7 @@ def from_gguf(path: Path) -> tuple[LanguageModel, Tokenizer]:
         why = first_line(e)
         what = "is damaged, cut off, or no GGUF"
         if "GGMLQuantizationType" in why:
-            what = "holds a type of weights that the package gguf does not know"
+            what = "is damaged, or holds a type of weights that the package gguf does not know"
         raise UserError(f"--teacher: {path} {what}: {why}") from e
     if not ends or ends > path.stat().st_size:
         raise UserError(f"--teacher: {path} is cut off: it ends before its tensors do")
