@@ -205,6 +205,17 @@ def padded(path: Path) -> TransformersLM:
     return build_transformers(zeros.config, state, "padded")
 
 
+def offered(found: Packed) -> bool:
+    """Does the export name zeros as a way?"""
+    return "tq2_0, filled with zeros" in choose_type(found, None)[1]
+
+
+def smaller(found: Packed, folder: Path) -> bool:
+    """Is the file with zeros smaller than the one without?"""
+    sizes = [export_gguf(found, folder / "a.gguf", t).file_bytes for t in ("tq2_0", "q4_0")]
+    return sizes[0] < sizes[1]
+
+
 @pytest.mark.parametrize(
     ("kind", "more"),
     [("llama", ODD), ("llama", {**ODD, "tie_word_embeddings": False, "bits": 4}),
@@ -223,8 +234,7 @@ def test_zeros_change_nothing(tmp_path, kind, more):
         assert w.ndim < 2 or w.shape[1] % 256 == 0, name
     weights = [sum(p.numel() for p in m.net.parameters()) for m in (model, wide)]
     assert counted == weights[1] / weights[0]
-    if counted > gguf_file.MOST_PADDING:
-        assert "filled with zeros" not in choose_type(found, None)[1]
+    assert offered(found) == (counted <= gguf_file.MOST_PADDING and smaller(found, tmp_path))
     ids = torch.arange(40)[None] * 7 % 300
     with torch.no_grad():
         ours, theirs = (m.double()(ids).logits for m in (model, wide))
@@ -236,9 +246,7 @@ def test_zeros_are_offered_where_they_make_the_file_smaller(tmp_path, layers):
     """The first layer has 4 bits, which grow with the rows."""
     path = student(tmp_path, "llama", bits=4, num_hidden_layers=layers, **ODD)
     found = read_packed(path)
-    sizes = [export_gguf(found, tmp_path / "a.gguf", t).file_bytes for t in ("tq2_0", "q4_0")]
-    hint = "tq2_0, filled with zeros" in choose_type(found, None)[1]
-    assert hint == (sizes[0] < sizes[1]) == (layers == 5)
+    assert offered(found) == smaller(found, tmp_path) == (layers == 5)
 
 
 @pytest.mark.parametrize(

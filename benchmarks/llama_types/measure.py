@@ -98,6 +98,12 @@ def squares(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(0, -2).double().square().sum(0)
 
 
+def summarise(folder: Path, log: RunLog) -> None:
+    (folder / "summary.json").write_text(
+        json.dumps({"models": log.runs, **machine()}, indent=1) + "\n"
+    )
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -131,6 +137,9 @@ def main() -> None:
     if o.student and not log.find({"model": "student"}):
         measure({"model": "student"}, load_teacher(str(o.student))[0])
 
+    if not o.types:
+        summarise(o.folder, log)
+        return
     dear = choose_more_bits(run, teacher, corpus)
     ids = batch_of(some_text(run, corpus, run.calibration_tokens), device)[0]
     powers = input_powers(teacher, ids.split(8))
@@ -154,9 +163,7 @@ def main() -> None:
             mean = sum(bits[n] * sizes[n] for n in sizes) / sum(sizes.values())
             key = {"model": name, "dear_in_4_bits": kept}
             measure(key, model, bits=mean, seconds=time.perf_counter() - began)
-    (o.folder / "summary.json").write_text(
-        json.dumps({"models": log.runs, **machine()}, indent=1) + "\n"
-    )
+    summarise(o.folder, log)
 
 
 if __name__ == "__main__":

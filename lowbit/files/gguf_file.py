@@ -42,8 +42,6 @@ TYPES = {
     "q1_0": (128, ("1bit",)),
     "q4_0": (32, ("ternary", "1bit")),
 }
-#: Bits a weight, scales included, of the types that are compared.
-BITS = {"tq2_0": 2.0625, "q4_0": 4.5, "q8_0": 8.5}
 #: general.file_type, where it has a number of its own.
 FILE_TYPES = {"tq2_0": 37, "tq1_0": 36, "q4_0": 2}
 #: Numbers of types that the package gguf has no name for.
@@ -174,7 +172,7 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
         return asked, f"as asked, {zeros}", zeros
     best = "tq2_0" if kind == "ternary" else "q1_0"
     others = []
-    if kind == "ternary" and not odd["q2_0"]:
+    if "q2_0" in good and not odd["q2_0"]:
         others.append("q2_0, for GPUs and Macs")
     if not odd[best]:
         why = f"the fastest on CPUs that holds {kind} weights exactly"
@@ -185,16 +183,19 @@ def choose_type(found: Packed, asked: str | None) -> tuple[str, str, Padding | N
     why = f"exact, and {best} needs rows of a multiple of {size}, not of {odd[best][0]}"
     if best in PADDED and found.of_transformers and family_of(found.config["transformers"]).padded:
         zeros = padding(found.config["transformers"], size)
-        before = sum(t.values.size * _bits(t, "q4_0") for t in found.tensors.values())
-        after = sum(zeros.size(n, t) * _bits(t, best) for n, t in found.tensors.items())
-        if zeros.growth(found) <= MOST_PADDING and after < before:
+        plain = sum(t.values.size * _size(t, "q4_0") for t in found.tensors.values())
+        padded = sum(zeros.size(n, t) * _size(t, best) for n, t in found.tensors.items())
+        if zeros.growth(found) <= MOST_PADDING and padded < plain:
             others.append(f"{best}, filled with zeros, for CPUs")
     return "q4_0", why + _ways(others, smaller=True), None
 
 
-def _bits(stored: Stored, low_bit: str) -> float:
-    """Of a weight of a tensor in the file."""
-    return 32 if stored.scale is None else BITS[HELD.get(stored.kind, low_bit)]
+def _size(stored: Stored, low_bit: str) -> float:
+    """Bytes of a weight of a tensor in the file, scales included."""
+    gguf = require("gguf", "gguf")
+    label = "F32" if stored.scale is None else HELD.get(stored.kind, low_bit).upper()
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[label]]
+    return size / block
 
 
 def _ways(types: list[str], smaller: bool = False) -> str:
@@ -276,10 +277,9 @@ def fill(
         array, label = encoded(name, held, chosen)
         if label == "F32":
             writer.add_tensor(named, array)
-        elif label in NUMBERS:  # the package cannot tell the shape from the bytes
-            writer.add_tensor(named, array.view(np.int8), held.values.shape, NUMBERS[label])
-        else:
-            writer.add_tensor(named, array, raw_dtype=gguf.GGMLQuantizationType[label])
+        else:  # of unsigned bytes the package would ask its own table for the shape
+            raw = NUMBERS.get(label) or gguf.GGMLQuantizationType[label]
+            writer.add_tensor(named, array.view(np.int8), held.values.shape, raw)
         tensors, weights, size = parts.get(label, (0, 0, 0))
         parts[label] = (tensors + 1, weights + stored.values.size, size + array.nbytes)
     return parts
