@@ -19,9 +19,12 @@ if str(ROOT) not in sys.path:
 # Caches of the tests are theirs, in their processes, too.
 _CACHE = tempfile.TemporaryDirectory(prefix="apl-hybrid-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
-# Of several workers each has a core; so have the processes that they start.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1)
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+# Of several workers each has a core; so have the processes that they start. (A worker inherits what
+# was set for the process that started it.)
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+THREADS = 1 if WORKER else min(2, os.cpu_count() or 1)
+if WORKER or "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
@@ -29,6 +32,7 @@ from hypothesis import settings  # noqa: E402
 from lowbit import console  # noqa: E402
 from lowbit.files.packed import save_packed  # noqa: E402
 from lowbit.models.decoder import CausalLM, ModelConfig  # noqa: E402
+from lowbit.options import BY_TEACHER  # noqa: E402
 from lowbit.text.tokenizers import ByteTokenizer  # noqa: E402
 
 # A shell's background jobs ignore Ctrl-C, nohup's the loss of a terminal; some tests send both.
@@ -36,6 +40,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 console.WAIT = 3600.0  # on a machine that is busy, or not: stderr is the same
+# Of a run of a few steps validation would be the most.
+SHIPPED = dict(BY_TEACHER)
+BY_TEACHER.update(quick_tokens=(1024, 1024), final_tokens=(2048, 2048))
 torch.set_num_threads(THREADS)
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("tests")
@@ -50,6 +57,13 @@ def _keep_denormals() -> Iterator[None]:
     torch.set_flush_denormal(False)
     yield
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def whole_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs validate on as much text as those of another process."""
+    for name in ("quick_tokens", "final_tokens"):
+        monkeypatch.setitem(BY_TEACHER, name, SHIPPED[name])
 
 
 @pytest.fixture(scope="session")

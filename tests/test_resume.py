@@ -74,7 +74,7 @@ def test_stopped_and_resumed_is_the_same(flags, tmp_path, at_step, words, at):
     assert not (tmp_path / "parts" / "checkpoints").exists()
 
 
-def test_a_model_of_transformers_in_a_fresh_process(tmp_path, at_step):
+def test_a_model_of_transformers_in_a_fresh_process(tmp_path, at_step, whole_validation):
     pytest.importorskip("transformers")
     text = tmp_path / "text.txt"
     text.write_text(make_text(40_000), encoding="utf-8")

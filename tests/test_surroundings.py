@@ -50,6 +50,29 @@ def process(argv: list[str], where: Path, redirect: str = "", **env: str):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_waiting_threads_sleep_unless_they_are_told_otherwise(given, expected) -> None:
+    """Set before PyTorch is loaded."""
+    code = """if True:
+        import os, sys
+        class Torch:
+            def find_spec(self, name, path=None, target=None):
+                if name == "torch":
+                    print(os.environ.get("GOMP_SPINCOUNT"))
+                    sys.exit()
+        sys.meta_path.insert(0, Torch())
+        import distillation"""
+    kept = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**kept, **given}, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == expected
+
+
 # ------------------------------------------------------------------------------------------ names
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,13 @@ from families import CHAT, FAMILIES, tiny_folder
 import distillation
 from lowbit import UserError
 from lowbit.files.packed import load_packed, save_packed
-from lowbit.models.interface import block_calls, linear_layers, wiring
+from lowbit.models.interface import Wiring, block_calls, is_rms_norm, linear_layers, wiring
 from lowbit.models.student import make_student
 from lowbit.models.teacher import load_teacher
 from lowbit.models.transformers_lm import FAMILIES as TRIED
 from lowbit.models.transformers_lm import TransformersLM, build_transformers, clone
 from lowbit.options import parse_options
+from lowbit.quantization import calibration
 from lowbit.quantization.calibration import calibrate
 from lowbit.quantization.layers import (
     QATLinear,
@@ -101,7 +104,8 @@ def test_blocks_called_one_by_one_make_the_whole(folders, kind):
     [
         ("llama", ["q k v", "o", "gate up", "down"], ["o", "down"]),
         ("qwen3", ["q k v", "o", "gate up", "down"], ["o", "down"]),
-        ("gemma2", ["q k v", "o", "gate up", "down"], []),  # norms stand before the sum
+        ("gemma2", ["q k v", "o", "gate up", "down"], ["o", "down"]),  # through norms
+        ("gemma3_text", ["q k v", "o", "gate up", "down"], ["o", "down"]),
         ("phi", ["q k v fc1", "dense", "fc2"], ["dense", "fc2"]),  # both from one input
         ("phi3", ["qkv", "o", "gate_up", "down"], ["o", "down"]),
     ],
@@ -120,6 +124,62 @@ def test_what_reads_the_same_and_what_writes_to_the_stream(folders, kind, groups
         " ".join(sorted(g.split())) for g in groups
     )
     assert [short(n) for n in found.writers] == writers
+    normed = {"o": "post_attention_layernorm", "down": "post_feedforward_layernorm"}
+    own = {n: normed[short(n)] if "gemma" in kind else n for n in found.writers}
+    assert found.writers == own
+
+
+@pytest.mark.parametrize(
+    ("module", "is_one"),
+    [
+        (torch.nn.RMSNorm(32), True),
+        (torch.nn.LayerNorm(32), False),
+        (torch.nn.Identity(), False),
+        (torch.nn.GELU(), False),
+        (torch.nn.Sequential(torch.nn.RMSNorm(32)), False),
+    ],
+)
+def test_what_counts_as_an_rms_norm(module, is_one):
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in module.parameters():
+            p.uniform_(0.5, 2.0)
+        assert is_rms_norm(module, x, module(x)) == is_one
+
+
+def test_what_a_norm_reads_so_that_it_gives_more(monkeypatch):
+    """But for the part along the output, which no input changes."""
+    monkeypatch.setattr(calibration, "NORM_RIDGE", 0.0)
+    g = torch.Generator().manual_seed(0)
+    y, change = torch.randn(2, 7, 32, generator=g, dtype=torch.float64)
+    gains = torch.rand(32, generator=g, dtype=torch.float64) + 0.5
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        return gains * x / x.square().mean(-1, keepdim=True).sqrt()
+
+    more = (norm(y + 1e-6 * calibration.before_norm(change, y, gains)) - norm(y)) / 1e-6
+    out = norm(y)
+    rest = more - change
+    rest -= out * (rest * out).sum(-1, keepdim=True) / out.square().sum(-1, keepdim=True)
+    assert float(rest.norm()) < 1e-4 * float(change.norm())
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_a_norm_before_the_sum_does_not_hide_what_earlier_blocks_got_wrong(folders, kind):
+    """Blocks whose layers count as writers end nearer to the teacher than those without."""
+    teacher, _ = load_teacher(str(folders[kind]))
+    ids = torch.from_numpy(np.random.default_rng(1).integers(2, 300, (512, 16)))
+
+    def error(find: Callable[..., Wiring]) -> float:
+        student = quantize_model(clone(teacher), "ternary").requires_grad_(False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration, "wiring", find)
+            calibrate(student, teacher, ids[:480].split(16))
+        with torch.no_grad():
+            want, found = (m.features(ids[480:]).hidden_states[-1] for m in (teacher, student))
+        return float(((found - want).square().mean(-1) / want.square().mean(-1)).mean())
+
+    assert error(wiring) < 0.95 * error(lambda *a: replace(wiring(*a), writers={}))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "phi"])

@@ -1,9 +1,10 @@
 """Decoding in llama.cpp and sizes of files: python benchmarks/decoding/measure.py [--rounds 5]
 
-Models of random ternary weights in two shapes decode as fast as trained ones. Each is exported as a
-default student is (embedding and head in 8 bits, or --embedding_bits; projections of keys, values
-and queries in 4 until a weight of the blocks has 2 in the mean), in every type that holds it, with
-zeros where its rows are too short, and in float32. All files of a shape are loaded, and take turns.
+Models of random ternary weights, or of 1 bit (--one_bit), in two shapes decode as fast as trained
+ones. Each is exported as a default student is (embedding and head in 8 bits, or --embedding_bits;
+projections of keys, values and queries in 4 until a weight of the blocks has 2 bits in the mean, of
+1-bit students 1.5), in every type that holds it, with zeros where its rows are too short, and in
+float32. All files of a shape are loaded, and take turns.
 Appends one JSON line a shape to runs.jsonl beside this file and rewrites summary.json. Needs the
 extras gguf and chat.
 """
@@ -35,14 +36,14 @@ from studies.bench import RunLog, machine  # noqa: E402
 from studies.shapes import config  # noqa: E402
 
 SHAPES = {"smollm2-135m": config("SmolLM2-135M"), "llama-1.1b": config("TinyLlama-1.1B")}
-TYPES = ("tq2_0", "tq1_0", "q2_0", "q4_0")
+TYPES = {"ternary": ("tq2_0", "tq1_0", "q2_0", "q4_0"), "1bit": ("q1_0", "q4_0")}
 PROMPT = list(range(8))
 #: Matrices whose rounding costs most for their size, the dearest last.
 DEAR = tuple(f"self_attn.{name}" for name in ("o_proj", "q_proj", "v_proj", "k_proj"))
 
 
-def student(shape: dict[str, Any], embedding_bits: int = 4) -> Packed:
-    """A packed student of random codes."""
+def student(shape: dict[str, Any], embedding_bits: int = 4, mode: str = "ternary") -> Packed:
+    """A packed student of random codes; mode: "ternary" or "1bit"."""
     rng = np.random.default_rng(0)
     width, inner, layers = (
         shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"],
@@ -51,8 +52,11 @@ def student(shape: dict[str, Any], embedding_bits: int = 4) -> Packed:
     tensors: dict[str, Stored] = {}
 
     def codes(name: str, rows: int, columns: int, kind: str) -> None:
-        least, top = {"ternary": (-1, 1), "int8": (-127, 127), "int4": (-8, 7)}[kind]
+        top = {"ternary": 1, "1bit": 1, "int8": 127, "int4": 7}[kind]
+        least = -top - (kind == "int4")
         values = rng.integers(least, top + 1, (rows, columns), dtype=np.int8)
+        if kind == "1bit":
+            values = np.where(values < 0, np.int8(-1), np.int8(1))
         scales = columns // BLOCK if kind == "int4" else 1
         scale = np.full((rows, scales), 2.0 ** -round(np.log2(top * columns**0.5)), np.float32)
         tensors[name] = Stored(kind, values, scale)
@@ -66,13 +70,13 @@ def student(shape: dict[str, Any], embedding_bits: int = 4) -> Packed:
     full = "model.layers.{}.{}.weight".format
     sizes = {full(i, n): a * b for n, (a, b) in shapes.items() for i in range(layers)}
     costs = {full(i, n): DEAR.index(n) * sizes[full(i, n)] for n in DEAR for i in range(layers)}
-    more = with_more_bits(costs, sizes, NOMINAL["ternary"], 4, TARGET_BITS["ternary"])
+    more = with_more_bits(costs, sizes, NOMINAL[mode], 4, TARGET_BITS[mode])
     held = f"int{embedding_bits}"
     codes("model.embed_tokens.weight", shape["vocab_size"], width, held)
     for i in range(layers):
         block = f"model.layers.{i}."
         for name, (rows, columns) in shapes.items():
-            kind = "int4" if full(i, name) in more else "ternary"
+            kind = "int4" if full(i, name) in more else mode
             codes(full(i, name), rows, columns, kind)
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{block}{name}.weight"] = Stored("float32", np.ones(width, np.float32))
@@ -106,10 +110,10 @@ def tokens_a_second(server: Any, tokens: int) -> float:
 
 def measure(o: argparse.Namespace, name: str) -> dict[str, Any]:
     shape, rounds, tokens = SHAPES[name], o.rounds, o.tokens
-    found = student(shape, o.embedding_bits)
+    found = student(shape, o.embedding_bits, o.mode)
     weights = sum(t.values.size for t in found.tensors.values())
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *TYPES)}
+        files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *TYPES[o.mode])}
         for kind, path in files.items():
             export_gguf(in_float32(found) if kind == "f32" else found, path,
                         None if kind == "f32" else kind)  # fmt: skip
@@ -125,8 +129,8 @@ def measure(o: argparse.Namespace, name: str) -> dict[str, Any]:
             print(name, n, {k: round(v[-1], 2) for k, v in speeds.items() if v}, flush=True)
         del servers
     return {
-        **machine(), "shape": name, "embedding_bits": o.embedding_bits, "weights": weights,
-        "tokens": tokens, "threads": o.threads,
+        **machine(), "shape": name, "mode": o.mode, "embedding_bits": o.embedding_bits,
+        "weights": weights, "tokens": tokens, "threads": o.threads,
         "bytes": sizes, "tokens_a_second": speeds, "xllamacpp": xllamacpp.__version__,
     }  # fmt: skip
 
@@ -137,6 +141,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--embedding_bits", type=int, choices=(4, 8), default=4)
+    parser.add_argument("--one_bit", action="store_const", dest="mode", const="1bit",
+                        default="ternary")  # fmt: skip
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     o = parser.parse_args()
     log = RunLog(HERE / "runs.jsonl")
@@ -151,6 +157,7 @@ def main() -> None:
             table.append(
                 {
                     "shape": run["shape"],
+                    "mode": run.get("mode", "ternary"),
                     "embedding_bits": run["embedding_bits"],
                     "type": kind,
                     "tokens_a_second": statistics.median(speeds),

@@ -7,7 +7,7 @@ time. Shapes: B sequences, T positions, V vocabulary, C hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -210,25 +210,29 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
 
 
+SAME = 0.01  #: relative; a sum in bfloat16, here or in a block, is wrong by 0.2 %
+
+
 @dataclass
 class Wiring:
     """How the linear layers of a block hang together, found by running it.
 
     groups: names of layers that read the same tensor, in the order in which they are run.
-    writers: names of layers whose outputs are added to the residual stream as they are; empty
-    where a block does something else with them (a norm after them, say).
+    writers: names of layers that write to the residual stream, and of the modules whose outputs
+    are added to it: the layer itself, or an RMS norm (arXiv 1910.07467) that reads it, as in Gemma
+    2 and 3. Empty where a block does something else with them.
     """
 
     groups: list[list[str]]
-    writers: list[str]
+    writers: dict[str, str]
 
 
 @contextmanager
 def noted(
-    layers: dict[str, nn.Linear], what: Callable[[tuple, torch.Tensor], Any] = lambda _, out: out
+    layers: Mapping[str, nn.Module], what: Callable[[tuple, torch.Tensor], Any] = lambda _, out: out
 ) -> Iterator[dict[str, Any]]:
-    """Inside, what these layers give is noted, in the order in which they run; or ``what`` makes of
-    their inputs and their output."""
+    """Inside, what these modules give is noted, in the order in which they run; or ``what`` makes
+    of their inputs and their output."""
     found: dict[str, Any] = {}
 
     def hook(name: str) -> Callable:
@@ -241,12 +245,29 @@ def noted(
         yield found
 
 
+def gains_of(norm: nn.Module, size: int, device: torch.device) -> torch.Tensor:
+    """What an RMS norm multiplies its `size` channels by, (C,): what it makes of ones."""
+    return norm(torch.ones(1, 1, size, device=device)).flatten().float()
+
+
+def is_rms_norm(module: nn.Module, x: torch.Tensor, out: torch.Tensor) -> bool:
+    """Whether a module that made ``out`` of x, both (B, T, C), divides by the root mean square over
+    channels and multiplies each channel by a number."""
+    if next(module.children(), None) is not None or out.shape != x.shape:
+        return False
+    root = x.float().square().mean(-1, keepdim=True).sqrt()
+    rest = out.float() * root - x.float() * gains_of(module, x.size(-1), x.device)
+    return bool(rest.norm() <= SAME * (out.float() * root).norm())
+
+
 @torch.no_grad()
 def wiring(block: nn.Module, call: Call, x: torch.Tensor) -> Wiring:
     """Run a block on a stream (B, T, C) and see which layers read what and which write to it."""
-    with noted(linear_layers(block), lambda inputs, output: (inputs[0], output)) as found:
+    layers = linear_layers(block)
+    others = {n: m for n, m in block.named_modules() if n and n not in layers}
+    with noted({**layers, **others}, lambda inputs, output: (inputs, output)) as found:
         after = call(block, x)
-    reads = {n: inputs for n, (inputs, _) in found.items()}
+    reads = {n: inputs[0] for n, (inputs, _) in found.items() if n in layers}
     gives = {n: output for n, (_, output) in found.items()}
     groups: list[list[str]] = []
     for name, tensor in reads.items():
@@ -256,8 +277,12 @@ def wiring(block: nn.Module, call: Call, x: torch.Tensor) -> Wiring:
         else:
             groups.append([name])
     wide = [n for n in reads if gives[n].shape == x.shape and n in [g[0] for g in groups[1:]]]
+    writers = {n: n for n in wide}
+    for name, (inputs, output) in found.items():
+        read = [n for n in wide if inputs and inputs[0] is gives[n]]
+        if read and name in others and is_rms_norm(others[name], inputs[0], output):
+            writers[read[0]] = name
     change = after.float() - x.float()
-    rest = change - sum(gives[n].float() for n in wide) if wide else change
-    # A sum in bfloat16, here or in the block, is wrong by 0.2 %.
-    plain = bool(rest.norm() <= 0.01 * change.norm())
-    return Wiring(groups, wide if plain else [])
+    rest = change - sum(gives[n].float() for n in writers.values()) if writers else change
+    plain = bool(rest.norm() <= SAME * change.norm())
+    return Wiring(groups, writers if plain else {})

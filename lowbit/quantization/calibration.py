@@ -5,8 +5,8 @@ can cancel in its output. Layer by layer, in the order of the data flow, each li
 
 1. refitted: ridge regression moves its float weights so that, on the inputs it really gets from
    the quantised layers before it, it gives what the teacher's layer gives (for layers that write
-   to the residual stream: what brings the stream to the teacher's, in errors relative to each
-   token's size);
+   to the residual stream, themselves or through a norm: what brings the stream to the teacher's,
+   in errors relative to each token's size);
 2. rounded column by column, each column's error pushed onto the columns still to come
    (GPTQ, arXiv 2210.17323, eq. 2 and 3, with the Cholesky factor of its section 3.3);
 3. rescaled: the least-squares scale of each row for its codes in the metric of the inputs;
@@ -31,6 +31,7 @@ from lowbit.models.interface import (
     Wiring,
     block_calls,
     entering_stream,
+    gains_of,
     input_of,
     linear_layers,
     noted,
@@ -41,6 +42,7 @@ from lowbit.quantization.layers import HELD_MODES, QATLinear, sign_codes, ternar
 RIDGE = 0.1  # of the mean diagonal of the second moment, in the refit
 DAMPING = 0.3  # the same, in the rounding
 BLOCK = 64  # columns between two updates of the rest
+NORM_RIDGE = 0.1  # of the mean square gain of a norm, where it is inverted
 MARGIN = 0.1  # of the threshold, by which a moved latent weight passes it
 
 
@@ -148,6 +150,18 @@ def token_weights(stream: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
+def before_norm(change: torch.Tensor, y: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
+    """What to add to y, which an RMS norm of these gains (C,) reads, so that the norm gives about
+    ``change`` more; both (..., C).
+
+    To first order, and as if y kept its size. Channels whose gains are small would need long
+    changes, so these are held short, as in ridge regression.
+    """
+    root = y.square().mean(-1, keepdim=True).sqrt()
+    square = gains.square()
+    return change * root * gains / (square + NORM_RIDGE * square.mean())
+
+
 @dataclass
 class Part:
     """Windows that are calibrated on at once, as the residual streams (B, T, C) that enter the
@@ -165,10 +179,11 @@ def calibrate_block(
     """Calibrate the layers of block ``number``, in place. Returns the teacher's stream after the
     block, of each part."""
     layers, originals = linear_layers(student), linear_layers(teacher)
+    watched = {n: teacher.get_submodule(n) for n in [*originals, *wired.writers.values()]}
     targets: list[dict[str, torch.Tensor]] = []
     after = []
     for part in parts:
-        with noted(originals) as found:
+        with noted(watched) as found:
             after.append(part.calls[number](teacher, part.theirs))
         targets.append(found)
 
@@ -197,28 +212,37 @@ def moments_of(
     wired: Wiring,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Of a group of layers that read one input: its second moment (I, I), and for each layer
-    E[x (y - W x)^T] (I, O). targets: what each layer of the teacher's block gives, of each part."""
+    E[x (y - W x)^T] (I, O). targets: what each layer of the teacher's block gives, and each norm
+    that writes to the stream, of each part."""
     layers = linear_layers(block)
     device, size = parts[0].theirs.device, layers[group[0]].in_features
     moment = torch.zeros(size, size, device=device)
     missing = {n: torch.zeros(size, layers[n].out_features, device=device) for n in group}
-    writes = group[0] in wired.writers
-    before = wired.writers[: wired.writers.index(group[0])] if writes else []
+    writers = [*wired.writers]
+    own = wired.writers.get(group[0])  # the module by which it writes to the stream
+    before = writers[: writers.index(group[0])] if own else []
+    earlier = {wired.writers[n]: block.get_submodule(wired.writers[n]) for n in before}
     count = sum(part.theirs[..., 0].numel() for part in parts)
     for part, target in zip(parts, targets, strict=True):
-        with noted({n: layers[n] for n in before}) as given:
+        with noted(earlier) as given:
             x = input_of(block, layers[group[0]], part.calls[number], part.ours)
         with exact(device):
             x = x.flatten(0, 1).float()
             weighted = x
-            lag: torch.Tensor | float = 0.0  # of the stream, before this layer writes to it
-            if writes:
+            lag = torch.zeros((), device=device)  # of the stream, before this layer writes to it
+            if own:
                 lag = part.theirs.float() - part.ours
                 stream = part.theirs.float()
-                for n in before:
+                for n in earlier:
                     lag = lag + (target[n].float() - given[n])
                     stream = stream + target[n]
-                weighted = x * token_weights(stream + target[group[0]]).flatten(0, 1)
+                each = token_weights(stream + target[own])
+                if own != group[0]:
+                    y = target[group[0]].float()
+                    gains = gains_of(block.get_submodule(own), y.size(-1), device)
+                    lag = before_norm(lag, y, gains)
+                    each = each * token_weights(y)
+                weighted = x * each.flatten(0, 1)
             moment.addmm_(weighted.mT, x, alpha=1 / count)
             for n in group:
                 wanted = (target[n].float() + lag).flatten(0, 1)
