@@ -30,6 +30,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import lowbit  # noqa: F401  (before PyTorch: how long threads that wait stay awake)
+
+# isort: split
 import numpy as np
 import torch
 import torch.nn as nn

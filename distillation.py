@@ -19,10 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from typing import Any
 
-# Read when PyTorch is loaded. Threads that wait for each other spin before they sleep; as long as
-# OpenMP has them do, a step takes many times as long beside other work (benchmarks/busy).
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+import lowbit  # noqa: F401  (before PyTorch: how long threads that wait stay awake)
 
 if __name__ == "__main__":  # what is imported next may take seconds, from a cold disk many
     from lowbit.console import Waiting, draws

@@ -1,6 +1,14 @@
 """What a distillation run is made of: text, models, quantisers, losses and files."""
 
+import os
+
 from lowbit.console import complain
+
+# Threads of PyTorch that wait for each other spin before they sleep. With OpenMP's default a step
+# takes many times as long beside other work (benchmarks/busy). Without effect where PyTorch is
+# loaded already.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 __version__ = "0.1.0"
 

@@ -40,7 +40,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 console.WAIT = 3600.0  # on a machine that is busy, or not: stderr is the same
-# Of a run of a few steps validation would be the most.
+# In a run of a few steps validation would take most of the time.
 SHIPPED = dict(BY_TEACHER)
 BY_TEACHER.update(quick_tokens=(1024, 1024), final_tokens=(2048, 2048))
 torch.set_num_threads(THREADS)

@@ -97,7 +97,7 @@ def events(folder: Path) -> list[tuple[str, int]]:
 
 
 @with_gloo
-def test_torchrun_trains_what_one_process_trains(flags, tmp_path):
+def test_torchrun_trains_what_one_process_trains(flags, tmp_path, whole_validation):
     flags = [*flags, "--save_metrics", "--micro_batch_size", "2", "--max_grad_norm", "1"]
     one = tmp_path / "one"
     assert distillation.main([*flags, "--output_dir", str(one / "out")]) == 0
@@ -119,7 +119,7 @@ def test_torchrun_trains_what_one_process_trains(flags, tmp_path):
 
 
 @with_gloo
-def test_a_number_that_is_not_finite_and_a_signal_to_one_process(flags, tmp_path):
+def test_a_number_that_is_not_finite_and_a_signal_to_one_process(flags, tmp_path, whole_validation):
     found = two(tmp_path, *flags, happens=[[1, 3, "nan"], [1, 6, int(signal.SIGTERM)]])
     saved = tmp_path / "out" / "checkpoints" / "0002-step-7"  # the next step tells the others
     assert [code for code, _, _ in found] == [143, 143]

@@ -3,8 +3,8 @@
 Models of random ternary weights, or of 1 bit (--one_bit), in two shapes decode as fast as trained
 ones. Each is exported as a default student is (embedding and head in 8 bits, or --embedding_bits;
 projections of keys, values and queries in 4 until a weight of the blocks has 2 bits in the mean, of
-1-bit students 1.5), in every type that holds it, with zeros where its rows are too short, and in
-float32. All files of a shape are loaded, and take turns.
+1-bit students 1.5), in every type that holds it, with zeros where rows of ternary weights are too
+short, and in float32. All files of a shape are loaded, and take turns.
 Appends one JSON line a shape to runs.jsonl beside this file and rewrites summary.json. Needs the
 extras gguf and chat.
 """
@@ -113,7 +113,9 @@ def measure(o: argparse.Namespace, name: str) -> dict[str, Any]:
     found = student(shape, o.embedding_bits, o.mode)
     weights = sum(t.values.size for t in found.tensors.values())
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
-        files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *TYPES[o.mode])}
+        widths = shape["hidden_size"], shape["intermediate_size"]
+        held = [t for t in TYPES[o.mode] if t != "q1_0" or not any(w % 128 for w in widths)]
+        files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *held)}
         for kind, path in files.items():
             export_gguf(in_float32(found) if kind == "f32" else found, path,
                         None if kind == "f32" else kind)  # fmt: skip

@@ -1,10 +1,10 @@
 """SmolLM2's default conversion in bfloat16 on a processor without instructions for it:
 python benchmarks/smollm2_bfloat16/measure.py OUTPUT_DIR
 
-Products are emulated, which is exact but for the order of sums: inputs and results are rounded to
-bfloat16, sums are float32, in the forward and the backward pass. Attention rounds what it reads and
-what it gives. Appends a JSON line to runs.jsonl beside this file and rewrites summary.json; the
-student stays in OUTPUT_DIR.
+Products of linear layers are emulated: inputs and results are rounded to bfloat16, sums are
+float32, in the forward and the backward pass. Attention rounds what it reads and what it gives, and
+nothing in between. The optimiser's products are torch's own in bfloat16. Appends a JSON line to
+runs.jsonl beside this file and rewrites summary.json; the student stays in OUTPUT_DIR.
 """
 
 from __future__ import annotations

@@ -137,7 +137,8 @@ def calibrate_layer(layer: QATLinear, moment: torch.Tensor, missing: torch.Tenso
 
 
 def token_weights(stream: torch.Tensor) -> torch.Tensor:
-    """1 / mean square of the residual stream (..., C) at each token, over its mean: (..., 1).
+    """1 / mean square of the residual stream (..., C), or of what a norm reads, at each token, over
+    its mean: (..., 1).
     Tokens smaller than a tenth of the usual size count as if they were a tenth.
 
     What later layers read is normalised token by token, so an error counts relative to its token.
@@ -159,7 +160,8 @@ def before_norm(change: torch.Tensor, y: torch.Tensor, gains: torch.Tensor) -> t
     """
     root = y.square().mean(-1, keepdim=True).sqrt()
     square = gains.square()
-    return change * root * gains / (square + NORM_RIDGE * square.mean())
+    least = torch.finfo(square.dtype).tiny
+    return change * root * gains / (square + NORM_RIDGE * square.mean()).clamp_min(least)
 
 
 @dataclass
@@ -241,7 +243,7 @@ def moments_of(
                     y = target[group[0]].float()
                     gains = gains_of(block.get_submodule(own), y.size(-1), device)
                     lag = before_norm(lag, y, gains)
-                    each = each * token_weights(y)
+                    each = each * token_weights(y)  # the norm divides errors by y's size, too
                 weighted = x * each.flatten(0, 1)
             moment.addmm_(weighted.mT, x, alpha=1 / count)
             for n in group:
