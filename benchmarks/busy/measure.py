@@ -26,7 +26,7 @@ from studies.commands import measured  # noqa: E402
 
 COMMAND = (
     "distillation.py --hybrid --ternary --qat --epochs 1 --calibrate=false --data QUICKSTART.md "
-    "--samples_per_epoch 128 --save_metrics"
+    "--samples_per_epoch 96 --save_metrics"
 )
 SPINS = {"OpenMP's default": "300000", "ours": None}
 
