@@ -1,7 +1,9 @@
 """Steps of the embedded teacher's student on a machine that is idle, and on one that is busy:
 python benchmarks/busy/measure.py [--rounds 3]
 
-With as many threads as cores, beside as many other processes as --others, each busy all the time.
+With as many threads as cores, beside as many other processes as --others, each busy all the time
+and in a session of its own, as other programs are: Linux gives each session the same share of a
+core, so that the one that spins on two cores has less of each.
 OpenMP's default (its threads spin 300,000 times before they sleep) and what our programs set take
 turns. Appends a JSON line a run to runs.jsonl beside this file and rewrites summary.json.
 """
@@ -26,7 +28,7 @@ from studies.commands import measured  # noqa: E402
 
 COMMAND = (
     "distillation.py --hybrid --ternary --qat --epochs 1 --calibrate=false --data QUICKSTART.md "
-    "--samples_per_epoch 96 --save_metrics"
+    "--samples_per_epoch 48 --save_metrics"
 )
 SPINS = {"OpenMP's default": "300000", "ours": None}
 
@@ -34,7 +36,8 @@ SPINS = {"OpenMP's default": "300000", "ours": None}
 @contextlib.contextmanager
 def busy(others: int) -> Iterator[None]:
     processes = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)
+        subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+        for _ in range(others)
     ]
     try:
         yield
