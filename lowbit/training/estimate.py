@@ -16,6 +16,7 @@ GIB = 2**30
 #: Floats of 4 bytes that a block keeps for the backward pass, a token: so many times its width and
 #: so many times the widths of what its linear layers give.
 KEPT_OF_WIDTH, KEPT_OF_OUTPUTS = 6, 1.5
+KEPT_IN_FLOAT32 = 1.5  # times as much where models compute in float32, not in bfloat16
 #: A training step takes as long as so many passes of the teacher's blocks, and so many of its head.
 STEP_PASSES, HEAD_PASSES = 6, 4
 BACKWARD_PASSES = 4  # of the blocks: gradients of a token's loss by all weights
@@ -64,6 +65,7 @@ def memory_needed(
         m.out_features for b in teacher.blocks for m in b.modules() if isinstance(m, nn.Linear)
     )
     kept = KEPT_OF_WIDTH * blocks * teacher.hidden_size + KEPT_OF_OUTPUTS * outputs
+    kept *= KEPT_IN_FLOAT32 if held == 4 else 1
     if recomputes:
         kept = kept / blocks + 2 * blocks * teacher.hidden_size
     heads = 2.0 * held * teacher.vocab_size * teacher.hidden_size if held < 4 else 0.0
