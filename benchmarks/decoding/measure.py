@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from lowbit.chat import open_server  # noqa: E402
-from lowbit.files.gguf_file import export_gguf  # noqa: E402
+from lowbit.files.gguf_file import PADDED, export_gguf  # noqa: E402
+from lowbit.files.gguf_file import TYPES as ROWS  # noqa: E402
 from lowbit.files.packed import Packed, Stored  # noqa: E402
 from lowbit.options import TARGET_BITS  # noqa: E402
 from lowbit.quantization.layers import BLOCK, NOMINAL  # noqa: E402
@@ -114,7 +115,8 @@ def measure(o: argparse.Namespace, name: str) -> dict[str, Any]:
     weights = sum(t.values.size for t in found.tensors.values())
     with tempfile.TemporaryDirectory(dir=HERE) as folder:
         widths = shape["hidden_size"], shape["intermediate_size"]
-        held = [t for t in TYPES[o.mode] if t != "q1_0" or not any(w % 128 for w in widths)]
+        held = [t for t in TYPES[o.mode]
+                if t in PADDED or not any(w % ROWS[t][0] for w in widths)]  # fmt: skip
         files = {t: Path(folder, f"{t}.gguf") for t in ("f32", *held)}
         for kind, path in files.items():
             export_gguf(in_float32(found) if kind == "f32" else found, path,

@@ -24,8 +24,7 @@ def main() -> None:
     shapes = [
         r
         for r in read("decoding")["runs"]
-        if (r["shape"], r.get("mode", "ternary"), r["embedding_bits"])
-        == ("smollm2-135m", "ternary", 4)
+        if (r["shape"], r["mode"], r["embedding_bits"]) == ("smollm2-135m", "ternary", 4)
     ]
     speed = {r["type"]: r["tokens_a_second"] for r in shapes}
     gguf = {r["type"]: r["bytes"] for r in read("engine")["runs"]}

@@ -253,9 +253,8 @@ def gains_of(norm: nn.Module, size: int, device: torch.device) -> torch.Tensor:
 def is_rms_norm(module: nn.Module, x: torch.Tensor, out: Any) -> bool:
     """Whether a module that made ``out`` of x, both (B, T, C), divides by the root mean square over
     channels and multiplies each channel by a number."""
-    if next(module.children(), None) is not None or not isinstance(out, torch.Tensor):
-        return False
-    if out.shape != x.shape:
+    leaf = next(module.children(), None) is None
+    if not leaf or not isinstance(out, torch.Tensor) or out.shape != x.shape:
         return False
     root = x.float().square().mean(-1, keepdim=True).sqrt()
     rest = out.float() * root - x.float() * gains_of(module, x.size(-1), x.device)

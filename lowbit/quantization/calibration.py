@@ -138,8 +138,7 @@ def calibrate_layer(layer: QATLinear, moment: torch.Tensor, missing: torch.Tenso
 
 def token_weights(stream: torch.Tensor) -> torch.Tensor:
     """1 / mean square of the residual stream (..., C), or of what a norm reads, at each token, over
-    its mean: (..., 1).
-    Tokens smaller than a tenth of the usual size count as if they were a tenth.
+    its mean: (..., 1). Tokens smaller than a tenth of the usual size count as if they were a tenth.
 
     What later layers read is normalised token by token, so an error counts relative to its token.
     The first tokens of a text hold *massive activations* (arXiv 2402.17762), a thousand times
@@ -220,10 +219,13 @@ def moments_of(
     device, size = parts[0].theirs.device, layers[group[0]].in_features
     moment = torch.zeros(size, size, device=device)
     missing = {n: torch.zeros(size, layers[n].out_features, device=device) for n in group}
-    writers = [*wired.writers]
     own = wired.writers.get(group[0])  # the module by which it writes to the stream
-    before = writers[: writers.index(group[0])] if own else []
-    earlier = {wired.writers[n]: block.get_submodule(wired.writers[n]) for n in before}
+    order = [*wired.writers.values()]
+    earlier = {n: block.get_submodule(n) for n in order[: order.index(own) if own else 0]}
+    gains = None  # of the norm, where it writes through one
+    if own and own != group[0]:
+        with exact(device):
+            gains = gains_of(block.get_submodule(own), layers[group[0]].out_features, device)
     count = sum(part.theirs[..., 0].numel() for part in parts)
     for part, target in zip(parts, targets, strict=True):
         with noted(earlier) as given:
@@ -239,9 +241,8 @@ def moments_of(
                     lag = lag + (target[n].float() - given[n])
                     stream = stream + target[n]
                 each = token_weights(stream + target[own])
-                if own != group[0]:
+                if gains is not None:
                     y = target[group[0]].float()
-                    gains = gains_of(block.get_submodule(own), y.size(-1), device)
                     lag = before_norm(lag, y, gains)
                     each = each * token_weights(y)  # the norm divides errors by y's size, too
                 weighted = x * each.flatten(0, 1)
